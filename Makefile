@@ -1,0 +1,51 @@
+# Every target does its own set-up on a fresh machine. Another interpreter: make setup PYTHON=python3.12
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.setup-done
+THREADS := OMP_NUM_THREADS=1
+
+.PHONY: setup gl demo test check format bench clean
+
+setup: $(STAMP) gl
+
+# constraints.txt holds versions that need Python 3.11; an older one gets what pip finds.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make setup PYTHON=python3.11"; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	pins=$$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet $$pins -e '.[native,data,sim,dev]'
+	touch $@
+
+# Rollouts draw through OSMesa. Without it everything else works, so a failure here only tells how to get it.
+gl: $(STAMP)
+	@if ! $(PY) -c "import ctypes.util, sys; sys.exit(not ctypes.util.find_library('OSMesa'))"; then \
+	  sudo=; [ "$$(id -u)" = 0 ] || sudo="sudo -n"; \
+	  echo "installing libosmesa6 (off-screen rendering for rollouts)"; \
+	  { $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends libosmesa6; } >/dev/null 2>&1 \
+	  || echo "no OSMesa library: rollouts are left out. On Debian/Ubuntu: sudo apt-get install libosmesa6"; \
+	fi
+
+demo: setup
+	$(PY) -m vla_energy.demo
+
+test: setup
+	$(THREADS) $(PY) -m pytest -q
+
+check: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: setup
+	@found=; for file in benchmarks/*.py; do \
+	  [ -e "$$file" ] || continue; found=1; echo "== $$file"; $(THREADS) $(PY) "$$file" --quick || exit 1; \
+	done; [ -n "$$found" ] || echo "this version has no benchmarks/*.py; measured results are in README.md"
+
+clean:
+	rm -rf runs/demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find vla_energy tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
