@@ -1,0 +1,89 @@
+"""RLDS folders as tensorflow-datasets writes them: finding one, and checking that its files are whole."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from vla_energy.data.datasets import DatasetError
+
+INFO, FEATURES = "dataset_info.json", "features.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of one tfrecord file.
+
+    Attributes:
+        path: the file.
+        records: episodes in the whole file.
+        skip, take: the episodes of the part.
+        first: index within the stored split of the first episode taken.
+    """
+
+    path: str
+    records: int
+    skip: int
+    take: int
+    first: int
+
+
+def find_folder(data_root_dir: str | Path, name: str) -> Path:
+    """The folder with `dataset_info.json`: `root/name/<highest version>`, or `root/name` itself.
+
+    Raises:
+        DatasetError: there is none; the message lists the datasets there are.
+    """
+    root = Path(data_root_dir)
+    if not root.is_dir():
+        raise DatasetError(f"the data root {root} does not exist or is no folder")
+    folder = root / name
+    if not folder.is_dir():
+        others = sorted(other.name for other in root.iterdir() if other.is_dir() and _versions(other))
+        raise DatasetError(f"no dataset {name!r} in {root}; there are: {', '.join(others) or 'none'}")
+    versions = _versions(folder)
+    if not versions:
+        found = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+        raise DatasetError(
+            f"{folder} holds no version with {INFO} and {FEATURES} (found: {found}); expected {folder}/1.0.0, as "
+            "tensorflow-datasets writes it when a build is complete"
+        )
+    return versions[-1]
+
+
+def _versions(folder: Path) -> list[Path]:
+    """Complete version folders in ascending order; the folder itself if it is one."""
+    candidates = [folder, *(entry for entry in folder.iterdir() if entry.is_dir() and "incomplete" not in entry.name)]
+    complete = [entry for entry in candidates if (entry / INFO).is_file() and (entry / FEATURES).is_file()]
+    return sorted(complete, key=lambda entry: [int(part) if part.isdigit() else -1 for part in entry.name.split(".")])
+
+
+def check_shard(shard: Shard) -> None:
+    """Walks the record lengths of a tfrecord file; reads 12 bytes a record, not the data.
+
+    A record is: uint64 length, uint32 CRC, data, uint32 CRC (TensorFlow, `record_writer.h`).
+
+    Raises:
+        DatasetError: the file is missing, cut off, or holds another number of records than `dataset_info.json` says.
+    """
+    try:
+        size = Path(shard.path).stat().st_size
+        records = end = 0
+        with open(shard.path, "rb") as file:
+            while end < size:
+                header = file.read(12)
+                if len(header) < 12:
+                    break
+                following = end + 16 + struct.unpack("<Q", header[:8])[0]
+                if following > size:
+                    break
+                records, end = records + 1, following
+                file.seek(end)
+    except OSError as error:
+        raise DatasetError(f"cannot read the shard {shard.path} ({error.strerror}); copy it again") from error
+    if end != size or records != shard.records:
+        raise DatasetError(
+            f"the shard {shard.path} is truncated or corrupt: {records} whole records in {size} bytes, expected "
+            f"{shard.records}; copy it again"
+        )
