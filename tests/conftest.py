@@ -1,0 +1,36 @@
+"""Shared fixtures: one thread for torch, and a random tiny VLA."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+
+from vla_energy.actions import DatasetStatistics, FieldStatistics
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def statistics() -> DatasetStatistics:
+    """Statistics of a 4-d action with an unnormalised gripper, and of a 4-d proprio."""
+    rng = np.random.default_rng(0)
+    mask = np.array([True, True, True, False])
+    return DatasetStatistics(
+        FieldStatistics.of(rng.normal(size=(500, 4)), mask), FieldStatistics.of(rng.normal(size=(500, 4))), 500, 5
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory, statistics: DatasetStatistics) -> Path:
+    """A checkpoint folder of the tiny architecture with random weights, H=8, A=4, proprio 4."""
+    from vla_energy.backbones.tiny import write_random_start
+
+    folder = tmp_path_factory.mktemp("tiny") / "vla"
+    tasks = ["drawer open", "reach", "button press topdown"]
+    return write_random_start(folder, tasks, {"metaworld_test": statistics}, horizon=8, seed=0)

@@ -1,0 +1,75 @@
+"""The settings: presets, round trips, and errors that name the field."""
+
+from __future__ import annotations
+
+import json
+
+import draccus
+import pytest
+
+from vla_energy.config import (
+    PRESETS,
+    EnergyConfig,
+    ExpertNoiseConfig,
+    GuardConfig,
+    HeadConfig,
+    InBatchConfig,
+    LayerExitsConfig,
+    LossConfig,
+    NegativesConfig,
+    PolicyNoiseConfig,
+    RangeConfig,
+    TemperatureConfig,
+)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_survives_json(name: str) -> None:
+    config = EnergyConfig.preset(name)
+    assert EnergyConfig.from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
+
+
+def test_presets_are_fresh_and_original_is_the_reports() -> None:
+    config = EnergyConfig.preset("original")
+    assert (config.range.name, config.range.constants(), config.temperature.value) == ("sigmoid", (1.0, 1.0, 1e-6), 0.5)
+    config.range.name = "linear"
+    assert EnergyConfig.preset("original").range.name == "sigmoid"
+    assert EnergyConfig.preset("recommended") == EnergyConfig()
+
+
+def test_range_constants_follow_the_name_unless_set() -> None:
+    assert RangeConfig(name="softplus_scaled").constants() == (5.0, 0.1, 1e-3)
+    assert RangeConfig(name="bounded", scale=2.0).constants() == (2.0, 1.0, 0.1)
+
+
+def test_draccus_reads_nested_flags() -> None:
+    flags = ["--range.name", "bounded", "--range.scale", "3", "--negatives.expert_noise.stds", "[0.2]"]
+    config = draccus.parse(EnergyConfig, args=[*flags, "--enabled", "False"])
+    assert not config.enabled
+    assert config.range.constants() == (3.0, 1.0, 0.1)
+    assert config.negatives.expert_noise.stds == (0.2,)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EnergyConfig.preset("stage9"), "original, stage1, stage2, stage3, recommended"),
+        (lambda: RangeConfig(name="tanh"), "sigmoid, relu_scaled, softplus, bounded, softplus_scaled, linear"),
+        (lambda: RangeConfig(scale=0.0), "range.scale"),
+        (lambda: TemperatureConfig(mode="warm"), "one of fixed"),
+        (lambda: TemperatureConfig(value=float("nan")), "temperature.value"),
+        (lambda: HeadConfig(hidden_dim=65), "multiple of head.num_heads"),
+        (lambda: ExpertNoiseConfig(stds=(0.1, -1.0)), "negatives.expert_noise.stds"),
+        (lambda: LossConfig(info_nce=0.0, listwise=0.0), "at least one weight"),
+        (lambda: GuardConfig(skip_grad_norm=0.1), "at least max_grad_norm"),
+        (lambda: EnergyConfig.from_dict({"head": {"width": 3}}), "energy.head: unknown width; known: hidden_dim"),
+        (lambda: EnergyConfig.from_dict({"head": 3}), "energy.head=3"),
+        (
+            lambda: NegativesConfig(LayerExitsConfig(0), ExpertNoiseConfig(0), PolicyNoiseConfig(0), InBatchConfig(0)),
+            "at least one source",
+        ),
+    ],
+)
+def test_a_wrong_value_is_named(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,177 @@
+"""The energy head: invariances, edges, double backward, and encode-once against one context at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vla_energy.actions import RawActions
+from vla_energy.config import RANGES, EnergyConfig, HeadConfig, RangeConfig
+from vla_energy.head import EnergyHead, apply_range, attend
+
+B, S, D, N, H, A = 3, 7, 12, 5, 4, 3
+
+
+def make_head(seed: int = 0, **changes) -> EnergyHead:
+    torch.manual_seed(seed)
+    config = EnergyConfig(head=HeadConfig(hidden_dim=16, num_heads=2, num_layers=2), **changes)
+    head = EnergyHead(D, A, H, config)
+    torch.nn.init.normal_(head.energy_out.weight)  # energies far from their small start, so that errors show
+    return head
+
+
+def inputs(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(B, S, dtype=torch.bool)
+    mask[1, 4:] = False
+    return torch.randn(B, S, D, generator=generator), mask, torch.rand(B, N, H, A, generator=generator) * 2 - 1
+
+
+def test_energies_start_small_fp32_even_under_autocast_and_bf16_contexts() -> None:
+    torch.manual_seed(0)
+    head = EnergyHead(D, A, H, EnergyConfig())
+    context, mask, actions = inputs()
+    plain = head((context.bfloat16(), mask), actions)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        energies = head((context.bfloat16(), mask), actions)
+    assert energies.dtype == torch.float32
+    assert energies.shape == (B, N)
+    assert energies.abs().max() < 2
+    assert torch.equal(energies, plain)
+    with pytest.raises(TypeError, match="float32"):
+        head.bfloat16()((context, mask), actions)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 99), st.permutations(range(N)))
+def test_permuting_candidates_permutes_energies(seed: int, order: list[int]) -> None:
+    head, (context, mask, actions) = make_head(seed), inputs(seed)
+    energies = head((context, mask), actions)
+    torch.testing.assert_close(head((context, mask), actions[:, order]), energies[:, order], atol=1e-5, rtol=1e-5)
+    alone = head((context, mask), actions[:, :1])
+    torch.testing.assert_close(alone, energies[:, :1], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 99), st.integers(0, 5), st.sampled_from([0.0, 1e6, float("nan"), float("inf")]))
+def test_padding_changes_nothing_whatever_it_holds(seed: int, extra: int, filling: float) -> None:
+    head, (context, mask, actions) = make_head(seed), inputs(seed)
+    expected = head((context, mask), actions)
+    padded = torch.cat([context.masked_fill(~mask[..., None], filling), torch.full((B, extra, D), filling)], 1)
+    wide = torch.cat([mask, torch.zeros(B, extra, dtype=torch.bool)], 1)
+    encoded = head.encode(padded, wide)
+    assert encoded.bias.shape[-1] == S
+    torch.testing.assert_close(head(encoded, actions), expected, atol=1e-5, rtol=1e-5)
+    # In the middle nothing can be cropped.
+    middle = torch.cat([padded[:, :2], torch.full((B, 2, D), filling), padded[:, 2:]], 1)
+    holes = torch.cat([wide[:, :2], torch.zeros(B, 2, dtype=torch.bool), wide[:, 2:]], 1)
+    torch.testing.assert_close(head((middle, holes), actions), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_encoding_once_equals_one_context_and_one_chunk_at_a_time() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    encoded = head.encode(context, mask)
+    assert len(encoded) == B
+    slow = torch.stack(
+        [
+            torch.stack(
+                [head((context[b : b + 1], mask[b : b + 1]), actions[b : b + 1, n : n + 1])[0, 0] for n in range(N)]
+            )
+            for b in range(B)
+        ]
+    )
+    fast = head(encoded, actions)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    parameters = list(head.parameters())
+    gradients = [torch.autograd.grad(e.square().sum(), parameters) for e in (slow, fast)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_pairwise_index_and_expand() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    encoded = head.encode(context, mask)
+    chunks = actions[0]
+    matrix = head.pairwise(encoded, chunks, block_size=2)
+    torch.testing.assert_close(matrix, head(encoded, chunks.expand(B, -1, -1, -1)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(head(encoded.index([2, 0]), actions[[2, 0]]), head(encoded, actions)[[2, 0]])
+    twice = head(encoded.expand(2), actions.repeat_interleave(2, 0))
+    torch.testing.assert_close(twice, head(encoded, actions).repeat_interleave(2, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_attention_equals_torchs() -> None:
+    queries, keys, values = (torch.randn(2, 2, n, 8) for n in (5, 7, 7))
+    bias = torch.zeros(2, 1, 1, 7)
+    bias[0, ..., 4:] = -1e30
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, bias.expand(-1, 1, 5, -1))
+    torch.testing.assert_close(attend(queries, keys, values, bias), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_every_parameter_learns_and_scale_and_shift_of_actions_are_seen() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    energies = head((context, mask), actions)
+    energies.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+    assert (head((context, mask), 3 * actions + 0.4) - energies).abs().min() > 1e-3
+
+
+def test_double_backward_is_finite_and_equals_finite_differences() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    encoded = head.encode(context, mask)
+    actions = actions.requires_grad_()
+
+    def slope(at: torch.Tensor, create_graph: bool = False) -> torch.Tensor:
+        return torch.autograd.grad(head(encoded, at).sum(), at, create_graph=create_graph)[0]
+
+    direction = torch.randn(actions.shape, generator=torch.Generator().manual_seed(3))
+    gradient = slope(actions, create_graph=True)
+    (curvature,) = torch.autograd.grad((gradient * direction).sum(), actions, retain_graph=True)
+    (through,) = torch.autograd.grad(gradient.square().sum(), head.action_in.weight)
+    assert curvature.isfinite().all()
+    assert through.isfinite().all()
+    step = 1e-3
+    with torch.no_grad():
+        rise = (head(encoded, actions + step * direction) - head(encoded, actions - step * direction)) / (2 * step)
+    torch.testing.assert_close(rise, (gradient * direction).sum((-2, -1)), atol=2e-2, rtol=2e-2)
+    bend = (slope(actions + step * direction) - slope(actions - step * direction)) / (2 * step)
+    agreement = torch.nn.functional.cosine_similarity(bend.flatten(), curvature.flatten(), dim=0)
+    assert agreement > 0.98
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges_rise_with_raw_and_keep_their_bounds(name: str) -> None:
+    raw = torch.linspace(-8, 8, 33)
+    energies = apply_range(raw, RangeConfig(name=name))
+    scale, _, offset = RANGES[name]
+    assert (energies.diff() >= 0).all()
+    at_zero = {"sigmoid": 0.5, "bounded": 0.5, "softplus": np.log(2), "softplus_scaled": np.log(2)}.get(name, 0.0)
+    assert apply_range(torch.zeros(1), RangeConfig(name=name)).item() == pytest.approx(
+        scale * at_zero + offset, abs=1e-6
+    )
+    if name != "linear":
+        assert energies.min() >= offset
+    head, (context, mask, actions) = make_head(range=RangeConfig(name=name)), inputs()
+    assert head((context, mask), actions).isfinite().all()
+
+
+def test_edges_refuse_what_does_not_fit() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    empty = mask.clone()
+    empty[2] = False
+    with pytest.raises(ValueError, match="row 2"):
+        head.encode(context, empty)
+    with pytest.raises(ValueError, match="D=12"):
+        head.encode(context[..., :5], mask)
+    with pytest.raises(ValueError, match="True = valid"):
+        head.encode(context, mask.long())
+    with pytest.raises(ValueError, match="H=4, A=3"):
+        head((context, mask), actions[:, :, :2])
+    with pytest.raises(ValueError, match="3 contexts but 2"):
+        head((context, mask), actions[:2])
+    with pytest.raises(TypeError, match="RawActions.*normalize"):
+        head((context, mask), RawActions(actions.numpy()))
+    with pytest.raises(ValueError, match="horizon=0"):
+        EnergyHead(D, A, 0, EnergyConfig())

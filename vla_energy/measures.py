@@ -1,0 +1,58 @@
+"""Pure measures of how well energies rank: distances, win rates, rank correlation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def chunk_distance(actions: Tensor, expert: Tensor) -> Tensor:
+    """Mean absolute difference `(B,N)` of `actions (B,N,H,A)` to `expert (B,H,A)`, fp32, normalised units."""
+    if actions.ndim != 4 or expert.shape != (len(actions), *actions.shape[2:]):
+        raise ValueError(f"actions {tuple(actions.shape)}, expert {tuple(expert.shape)}: expected (B,N,H,A), (B,H,A)")
+    return (actions.float() - expert[:, None].float()).abs().mean((2, 3))
+
+
+def win_rate(energies: Tensor, valid: Tensor) -> Tensor:
+    """Share of valid negatives whose energy is above their row's positive; a scalar, NaN if no negative is valid.
+
+    Args:
+        energies: `(B,N)`, the positive at index 0. A tie counts half: a saturated head must not look good. Where an
+            energy is NaN the pair is lost.
+        valid: `(B,N)` bool; index 0 is not looked at.
+    """
+    wins, pairs = wins_and_pairs(energies, valid)
+    return wins / pairs
+
+
+def spearman(energies: Tensor, distances: Tensor) -> Tensor:
+    """Spearman's rank correlation of each row of two `(B,N)` tensors, averaged over rows; a scalar.
+
+    Ties get their average rank. A row in which either is constant has no ranking and counts as 0;
+    one with a NaN makes the result NaN. 1 is perfect.
+    """
+    if energies.ndim != 2 or energies.shape != distances.shape:
+        raise ValueError(f"energies {tuple(energies.shape)}, distances {tuple(distances.shape)}: expected equal (B,N)")
+    a, b = (ranks - ranks.mean(1, keepdim=True) for ranks in (_average_ranks(energies), _average_ranks(distances)))
+    spread = a.norm(dim=1) * b.norm(dim=1)
+    rows = torch.where(spread > 0, (a * b).sum(1) / spread.clamp(min=1e-30), torch.zeros_like(spread))
+    undefined = (energies.isnan() | distances.isnan()).any(1)
+    return rows.masked_fill(undefined, math.nan).mean()
+
+
+def wins_and_pairs(energies: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Number of won pairs (a tie is half a win) and of valid pairs, 0-d; arguments as in `win_rate`."""
+    if energies.ndim != 2 or energies.shape != valid.shape:
+        raise ValueError(f"energies {tuple(energies.shape)}, valid {tuple(valid.shape)}: expected equal (B,N)")
+    positive, negative, counted = energies[:, :1], energies[:, 1:], valid[:, 1:]
+    score = (positive < negative).float() + 0.5 * (positive == negative).float()
+    return (score * counted).sum(), counted.sum()
+
+
+def _average_ranks(values: Tensor) -> Tensor:
+    """Ranks `(B,N)` from 1 in float64; equal values share the mean of their ranks."""
+    below = (values[:, None, :] < values[:, :, None]).sum(2)
+    equal = (values[:, None, :] == values[:, :, None]).sum(2)
+    return below.double() + (equal.double() + 1) / 2
