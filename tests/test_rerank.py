@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
+from vla_energy.checkpoint import CheckpointError, save_head
+from vla_energy.config import EnergyConfig, HeadConfig
+from vla_energy.head import EnergyHead
+from vla_energy.rerank import CompatibilityError, Reranker, calibrate_margin, rerank
+
+B, S, D, N, H, A = 5, 6, 16, 7, 4, 3
+
+
+class Quadratic(nn.Module):
+    """`E = mean (a - a*)^2`, with a* the first context token's first H*A features."""
+
+    context_dim, action_dim, horizon = D, A, H
+
+    def encode(self, context: Tensor, context_mask: Tensor) -> Tensor:
+        return context[:, 0, : H * A].reshape(-1, 1, H, A)
+
+    def forward(self, encoded: Any, actions: Tensor) -> Tensor:
+        return (actions - encoded).square().mean((2, 3))
+
+
+@pytest.fixture
+def problem() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(B, S, D, generator=generator)
+    return context, torch.ones(B, S, dtype=torch.bool), torch.randn(B, N, H, A, generator=generator)
+
+
+def _statistics(factor: float = 1.0) -> DatasetStatistics:
+    values = factor * np.random.default_rng(0).normal(size=(100, A))
+    return DatasetStatistics(FieldStatistics.of(values, np.array([True, True, False])), None, 100, 1)
+
+
+def _reranker(margin: float) -> Reranker:
+    return Reranker(Quadratic(), _statistics(), EnergyConfig(), margin=margin)
+
+
+def test_finds_the_known_optimum(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    context, mask, candidates = problem
+    best = torch.tensor([3, 0, 6, 1, 2])
+    optimum = context[:, 0, : H * A].reshape(B, H, A)
+    candidates[torch.arange(B), best] = optimum
+    reranker = _reranker(0.0)
+    result = reranker(context, mask, candidates)
+    assert torch.equal(result.index, best) and torch.equal(result.actions, optimum)
+    assert torch.equal(result.accepted, best > 0)
+    assert reranker.counters["decisions"] == B and reranker.counters["accepted"] == 4
+
+
+def test_permutation_moves_the_choice(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    context, mask, candidates = problem
+    order = torch.tensor([0, 4, 2, 6, 1, 3, 5])
+    first, second = (_reranker(0.0)(context, mask, chunks) for chunks in (candidates, candidates[:, order]))
+    torch.testing.assert_close(second.energies, first.energies[:, order])
+    assert torch.equal(second.actions, first.actions) and torch.equal(order[second.index], first.index)
+
+
+@pytest.mark.parametrize("margin", [0.0, math.inf])
+def test_one_candidate_is_the_identity_and_a_shut_gate_is_bit_identical(
+    problem: tuple[Tensor, Tensor, Tensor], margin: float
+) -> None:
+    context, mask, candidates = problem
+    assert torch.equal(_reranker(margin)(context, mask, candidates[:, :1]).actions, candidates[:, 0])
+    for dtype in (torch.float32, torch.bfloat16):
+        shut = _reranker(math.inf)(context, mask, candidates.to(dtype))
+        assert torch.equal(shut.actions, candidates[:, 0].to(dtype)) and not shut.accepted.any()
+
+
+def test_the_gate_opens_only_above_the_margin() -> None:
+    candidates = torch.tensor([2.0, 1.0, 1.5]).reshape(1, 3, 1, 1).expand(2, -1, -1, -1)
+
+    def energy_fn(actions: Tensor) -> Tensor:
+        return actions[:, :, 0, 0]
+
+    assert rerank(energy_fn, candidates, 0.99).index.tolist() == [1, 1]
+    assert rerank(energy_fn, candidates, 1.0).index.tolist() == [0, 0]
+
+
+def test_broken_candidates_are_dropped_and_counted(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    context, mask, candidates = problem
+    clean = _reranker(0.0)(context, mask, candidates)
+    broken = candidates.clone()
+    broken[0, clean.index[0].clamp(min=1), 1, 1] = math.nan
+    broken[1, 1:, 0, 0] = math.inf
+    broken[2, 0] = math.nan
+    broken[3] = math.nan
+    reranker = _reranker(0.0)
+    result = reranker(context, mask, broken)
+    assert torch.isfinite(result.actions[:3]).all()
+    assert torch.equal(result.actions[1], candidates[1, 0]) and not result.accepted[1]
+    assert result.accepted[2], "any finite chunk is better than a broken policy's"
+    assert result.index[3] == 0 and not result.accepted[3]
+    assert torch.equal(result.actions[4], clean.actions[4])
+    assert reranker.counters["dropped_candidates"] == 1 + (N - 1) + 1 + N
+    assert reranker.counters["no_alternative"] == 2 and reranker.counters["dropped_energies"] == 0
+
+
+def test_energies_that_are_not_finite_keep_the_policy(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    context, mask, candidates = problem
+    context[0, 0, 0] = math.nan
+    reranker = _reranker(0.0)
+    result = reranker(context, mask, candidates)
+    assert torch.equal(result.actions[0], candidates[0, 0]) and torch.isinf(result.energies[0]).all()
+    assert reranker.counters["dropped_energies"] == N
+
+    def policy_unscored(actions: Tensor) -> Tensor:
+        return torch.arange(N, 0.0, -1).expand(B, -1).masked_fill(torch.arange(N) == 0, math.nan)
+
+    assert not rerank(policy_unscored, candidates, 0.0).accepted.any()
+
+
+def test_bad_candidates_are_refused(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    context, mask, candidates = problem
+    reranker: Any = _reranker(0.0)
+    with pytest.raises(TypeError, match="normalize"):
+        reranker(context, mask, RawActions(candidates.numpy()))
+    with pytest.raises(ValueError, match="at least the policy"):
+        reranker(context, mask, candidates[:, :0])
+    with pytest.raises(CompatibilityError, match="horizon"):
+        reranker(context, mask, candidates[:, :, 1:])
+    with pytest.raises(ValueError, match="context"):
+        reranker(context[1:], mask[1:], candidates)
+    with pytest.raises(ValueError, match="margin"):
+        _reranker(-1.0)
+
+
+def _head(dropout: float = 0.0) -> EnergyHead:
+    torch.manual_seed(0)
+    return EnergyHead(D, A, H, EnergyConfig(head=HeadConfig(hidden_dim=8, num_heads=2, num_layers=1, dropout=dropout)))
+
+
+def test_from_checkpoint_in_inference_mode_without_dropout(
+    tmp_path: Path, problem: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    head = _head(dropout=0.5)
+    with pytest.raises(CheckpointError, match="no file"):
+        Reranker.from_checkpoint(tmp_path)
+    file = save_head(tmp_path, head, 3, _statistics())
+    reranker = Reranker.from_checkpoint(tmp_path, margin=0.0)
+    reranker.head.train(True)
+    with torch.inference_mode():
+        first, second = (reranker(*problem) for _ in range(2))
+    assert torch.equal(first.energies, second.energies)
+    assert reranker.head.training, "the caller's mode is restored"
+    expected = head.eval()((problem[0], problem[1]), problem[2])
+    torch.testing.assert_close(first.energies, expected.detach())
+    save_head(tmp_path, head, 4, _statistics())
+    with pytest.raises(CheckpointError, match="2 files"):
+        Reranker.from_checkpoint(tmp_path)
+    assert Reranker.from_checkpoint(file).margin == head.config.rerank.margin
+
+
+def test_ensure_compatible_names_what_differs() -> None:
+    reranker = _reranker(0.0)
+    reranker.ensure_compatible(_statistics(), H, A, D)
+    for dims, name in (((H + 1, A, D), "horizon"), ((H, A + 1, D), "action_dim"), ((H, A, D + 1), "context_dim")):
+        with pytest.raises(CompatibilityError, match=name):
+            reranker.ensure_compatible(_statistics(), *dims)
+    with pytest.raises(CompatibilityError, match="q01 differs at dimension 0"):
+        reranker.ensure_compatible(_statistics(2.0), H, A, D)
+    statistics = _statistics()
+    other = dataclasses.replace(statistics.action, mask=np.ones(A, bool))
+    with pytest.raises(CompatibilityError, match="mask differs at dimension 2"):
+        reranker.ensure_compatible(dataclasses.replace(statistics, action=other), H, A, D)
+    with pytest.raises(CompatibilityError, match="no dataset statistics"):
+        Reranker(Quadratic(), None, EnergyConfig()).ensure_compatible(statistics, H, A, D)
+
+
+def _held_out(rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One alternative a row; the larger its gain in energy, the likelier it is better: P(worse) = exp(-gain) / 2."""
+    gain = torch.rand(rows, generator=generator) * 4
+    worse = torch.rand(rows, generator=generator) < 0.5 * torch.exp(-gain)
+    energies = torch.stack([torch.zeros(rows), -gain], 1)
+    return energies, torch.stack([torch.ones(rows), torch.where(worse, 1.5, 0.5)], 1)
+
+
+def test_calibrated_margin_keeps_the_risk_on_new_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # P(worse | gain > m) = (e^-m - e^-4) / (2 (4 - m)) is 0.1 at m = 0.274.
+    margins = [calibrate_margin(*_held_out(1500, generator), risk=0.1) for _ in range(200)]
+    risks = [(math.exp(-m) - math.exp(-4)) / (2 * (4 - m)) for m in margins]
+    assert np.mean([risk > 0.1 for risk in risks]) <= 0.1
+    assert np.median(margins) < 1.0, "and it is not hopelessly careful"
+
+
+def test_calibration_without_evidence_shuts_the_gate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert calibrate_margin(*_held_out(30, generator), risk=0.1) == math.inf
+    energies, distances = _held_out(1500, generator)
+    assert calibrate_margin(energies, distances.flip(1), risk=0.1) == math.inf
+    assert calibrate_margin(torch.zeros(1500, 2), distances, risk=0.1) == math.inf
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        calibrate_margin(energies, distances, risk=0.0)
+    with pytest.raises(ValueError, match=r"\(M,N\)"):
+        calibrate_margin(energies[:0], distances[:0])

@@ -1,0 +1,302 @@
+"""Choose among candidates by energy, behind a gate that falls back to the policy's own chunk bit for bit.
+
+`rerank` takes any `energy_fn: (B,N,H,A) -> (B,N)`; `Reranker` is it with a trained head. `calibrate_margin` sets the gate
+from held-out data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vla_energy.actions import DatasetStatistics
+from vla_energy.checkpoint import load_head
+from vla_energy.config import EnergyConfig
+
+_TOLERANCE = 1e-4  # relative; the same statistics written by two programs
+_GRID = 16  # thresholds that `calibrate_margin` tests
+
+
+class CompatibilityError(ValueError):
+    """The head was trained for other actions or another context than the policy's."""
+
+
+class ScoringHead(Protocol):
+    """What is needed of an energy head; `EnergyHead` is one."""
+
+    context_dim: int
+    action_dim: int
+    horizon: int
+    training: bool
+
+    def encode(self, context: Tensor, context_mask: Tensor, /) -> Any: ...
+
+    def __call__(self, encoded: Any, actions: Tensor, /) -> Tensor: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+
+@dataclass(frozen=True)
+class RerankResult:
+    """The choice for each row.
+
+    Attributes:
+        actions: `(B,H,A)` chosen chunks, in the candidates' dtype; a bit-for-bit copy of one of them.
+        index: `(B,)` their position among the candidates, 0 = the policy's.
+        energies: `(B,N)` fp32; inf where a candidate or its energy is not finite.
+        accepted: `(B,)` bool, True where another chunk than the policy's passed the gate.
+    """
+
+    actions: Tensor
+    index: Tensor
+    energies: Tensor
+    accepted: Tensor
+
+
+@contextmanager
+def scoring(head: ScoringHead) -> Iterator[None]:
+    """Eval mode (no dropout) and no gradient; the head's mode is restored afterwards."""
+    training = head.training
+    head.train(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        head.train(training)
+
+
+def choose(energies: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """The gate: `(index, accepted)`, both `(B,)`, for energies `(B,N)` without NaN.
+
+    The lowest energy is accepted where `E_policy - E_lowest > margin`, else the index is 0. Where the policy's energy is
+    inf any finite one is accepted; margin inf accepts nothing.
+    """
+    lowest, index = energies.min(1)
+    accepted = energies[:, 0] - lowest > margin  # inf - inf is NaN: not accepted
+    return torch.where(accepted, index, torch.zeros_like(index)), accepted
+
+
+def rerank(energy_fn: Callable[[Tensor], Tensor], candidates: Tensor, margin: float) -> RerankResult:
+    """Best of N behind the gate, see `choose`.
+
+    Candidates that are not finite are dropped. Where the policy's chunk is finite and its energy is not, nothing can be
+    compared and the policy's chunk stays.
+
+    Args:
+        energy_fn: normalised chunks `(B,N,H,A)` to energies `(B,N)`, lower is better.
+        candidates: `(B,N,H,A)` normalised, N >= 1, index 0 the policy's.
+        margin: in units of energy, 0 or more; inf returns the policy's chunk always.
+
+    Raises:
+        TypeError: candidates are no tensor (raw actions, arrays).
+        ValueError: shapes do not fit, there is no candidate, or the margin is negative or NaN.
+    """
+    _check_candidates(candidates)
+    if not margin >= 0:
+        raise ValueError(f"margin={margin}: expected 0 or more")
+    finite = _finite(candidates)
+    # A dropped candidate is scored as zeros: NaN must not reach the head, which may mix candidates in a matrix product.
+    scored = torch.where(finite[:, :, None, None], candidates, torch.zeros_like(candidates))
+    energies = energy_fn(scored).float()
+    if energies.shape != finite.shape:
+        raise ValueError(f"energy_fn gave {tuple(energies.shape)} for candidates {tuple(candidates.shape)}")
+    usable = finite & energies.isfinite()
+    energies = torch.where(usable, energies, torch.full_like(energies, math.inf))
+    index, accepted = choose(energies, margin)
+    accepted = accepted & (usable[:, 0] | ~finite[:, 0])
+    index = torch.where(accepted, index, torch.zeros_like(index))
+    actions = candidates[torch.arange(len(candidates), device=candidates.device), index]
+    return RerankResult(actions, index, energies, accepted)
+
+
+class Reranker:
+    """A trained head as a chooser. Works under `torch.inference_mode()`; draws no random number.
+
+    Args:
+        head: trained on normalised actions.
+        statistics: those it was trained with; None if they are not known (then `ensure_compatible` raises).
+        config: `config.rerank.margin` is the gate.
+        margin: overrides the config's, e.g. by `calibrate_margin`; may be inf.
+
+    Attributes:
+        counters: `decisions` (rows), `accepted`, `dropped_candidates` (not finite), `dropped_energies` (finite
+            candidates whose energy is not), `no_alternative` (rows of several candidates, of which only the policy's or
+            none was left).
+    """
+
+    def __init__(
+        self,
+        head: ScoringHead,
+        statistics: DatasetStatistics | None,
+        config: EnergyConfig,
+        margin: float | None = None,
+    ) -> None:
+        self.head = head
+        self.statistics = statistics
+        self.config = config
+        self.margin = config.rerank.margin if margin is None else margin
+        if not self.margin >= 0:
+            raise ValueError(f"margin={self.margin}: expected 0 or more")
+        names = ("decisions", "accepted", "dropped_candidates", "dropped_energies", "no_alternative")
+        self.counters = dict.fromkeys(names, 0)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, margin: float | None = None) -> Reranker:
+        """Reads the head, its config and its statistics from a file, or from a folder with exactly one.
+
+        Raises:
+            CheckpointError: there is none or more than one, or it cannot be used; the message names it.
+        """
+        loaded = load_head(path)
+        loaded.head.eval()
+        return cls(loaded.head, loaded.statistics, loaded.config, margin)
+
+    def __call__(self, context: Tensor, context_mask: Tensor, candidates: Tensor) -> RerankResult:
+        """Chooses for each row, see `rerank`.
+
+        Args:
+            context: `(B,S,D)` hidden states.
+            context_mask: `(B,S)` True = valid.
+            candidates: `(B,N,H,A)` normalised, index 0 the policy's own chunk.
+
+        Raises:
+            TypeError, ValueError: as `rerank`.
+            CompatibilityError: H, A or D is not the head's.
+        """
+        _check_candidates(candidates)
+        if context.ndim != 3 or len(context) != len(candidates):
+            raise ValueError(f"context {tuple(context.shape)} for candidates {tuple(candidates.shape)}")
+        self._check_dims(candidates.shape[2], candidates.shape[3], context.shape[2])
+        with scoring(self.head):
+            encoded = self.head.encode(context, context_mask)
+            result = rerank(lambda actions: self.head(encoded, actions), candidates, self.margin)
+        self._count(candidates, result)
+        return result
+
+    def ensure_compatible(self, statistics: DatasetStatistics, horizon: int, action_dim: int, context_dim: int) -> None:
+        """Checks that the head was trained for this policy's actions and context.
+
+        Raises:
+            CompatibilityError: H, A or D differ, or normalised actions mean something else; the message says what.
+        """
+        self._check_dims(horizon, action_dim, context_dim)
+        if self.statistics is None:
+            raise CompatibilityError("the head carries no dataset statistics: train it again, or save it with them")
+        ours, theirs = self.statistics.action, statistics.action
+        if ours.dim != theirs.dim:
+            raise CompatibilityError(f"the head's statistics have {ours.dim} dimensions, the policy's {theirs.dim}")
+        unit = np.maximum(ours.q99 - ours.q01, 1e-8)
+        same = {
+            "mask": ours.mask == theirs.mask,
+            "q01": ~ours.mask | (np.abs(ours.q01 - theirs.q01) <= _TOLERANCE * unit),
+            "q99": ~ours.mask | (np.abs(ours.q99 - theirs.q99) <= _TOLERANCE * unit),
+            "min = max": ~ours.mask | ((ours.min == ours.max) == (theirs.min == theirs.max)),
+        }
+        for name, equal in same.items():
+            if not equal.all():
+                raise CompatibilityError(
+                    f"the head was trained with other action statistics: {name} differs at dimension "
+                    f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, or train the head again"
+                )
+
+    def _check_dims(self, horizon: int, action_dim: int, context_dim: int) -> None:
+        asked = {"horizon": horizon, "action_dim": action_dim, "context_dim": context_dim}
+        for name, value in asked.items():
+            trained = getattr(self.head, name)
+            if value != trained:
+                raise CompatibilityError(f"{name} is {value} here, the head was trained with {trained}")
+
+    def _count(self, candidates: Tensor, result: RerankResult) -> None:
+        finite, usable = _finite(candidates), result.energies.isfinite()
+        alone = ~usable[:, 1:].any(1) if candidates.shape[1] > 1 else torch.zeros_like(result.accepted)
+        tallies = torch.stack([result.accepted.sum(), (~finite).sum(), (finite & ~usable).sum(), alone.sum()]).tolist()
+        for name, value in zip(self.counters, (len(candidates), *tallies), strict=True):
+            self.counters[name] += value
+
+
+def calibrate_margin(energies: Tensor, distances: Tensor, risk: float = 0.1, confidence: float = 0.9) -> float:
+    """The smallest margin whose accepted choices are worse than the policy's chunk at most with probability `risk`.
+
+    With probability `confidence` over the held-out rows, P(worse | accepted) <= risk on new rows of the same
+    distribution. Rows must be exchangeable: take them from many episodes, not many from one. "Worse" is a distance
+    above that of the policy's chunk, by any amount.
+
+    Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021, arXiv:2110.01052) with exact binomial p-values
+    (Clopper and Pearson, 1934) and Bonferroni's correction over a grid fixed before outcomes are looked at: accept the
+    k rows of largest gain, for 16 values of k. Given the (k+1)-th largest gain, the k above it are independent draws from
+    the rows the gate would accept, so the number of worse ones is binomial.
+
+    Args:
+        energies: `(M,N)` of held-out candidates, index 0 the policy's; NaN counts as inf.
+        distances: `(M,N)` to the expert's chunk.
+        risk: between 0 and 1.
+        confidence: between 0 and 1.
+
+    Returns:
+        A margin for `choose`; inf where no margin passes, so that the gate stays shut.
+
+    Raises:
+        ValueError: shapes differ, there are no rows, a distance is not finite, or a share is not between 0 and 1.
+    """
+    if energies.ndim != 2 or energies.shape != distances.shape or not energies.numel():
+        raise ValueError(f"energies {tuple(energies.shape)}, distances {tuple(distances.shape)}: expected equal (M,N)")
+    if not (0 < risk < 1 and 0 < confidence < 1):
+        raise ValueError(f"risk={risk}, confidence={confidence}: expected both between 0 and 1")
+    if not distances.isfinite().all():
+        raise ValueError("distances must be finite")
+    energies = energies.float()
+    energies = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf))
+    lowest, index = energies.min(1)
+    gains, order = (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf).sort(descending=True)
+    worse = (distances.gather(1, index[:, None])[:, 0] > distances[:, 0])[order]
+    positive = int((gains > 0).sum())
+    level = (1 - confidence) / _GRID
+    fewest = math.ceil(math.log(level) / math.log1p(-risk))  # fewer rows cannot pass even if none is worse
+    if positive < fewest:
+        return math.inf
+    thresholds = [gains[k] if k < positive else gains.new_zeros(()) for k in _spread(fewest, positive, _GRID)]
+    passing = [math.inf]
+    for threshold in thresholds:
+        accepted = gains > threshold
+        count, bad = int(accepted.sum()), int((accepted & worse).sum())
+        if count and _binomial_cdf(bad, count, risk) <= level:
+            passing.append(float(threshold))
+    return min(passing)
+
+
+def _spread(low: int, high: int, count: int) -> list[int]:
+    return sorted({round(low + (high - low) * i / (count - 1)) for i in range(count)})
+
+
+def _binomial_cdf(successes: int, trials: int, p: float) -> float:
+    """P(X <= successes), X ~ Binomial(trials, p), 0 < p < 1."""
+    total = 0.0
+    for k in range(successes + 1):
+        ways = math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+        total += math.exp(ways + k * math.log(p) + (trials - k) * math.log1p(-p))
+    return min(1.0, total)
+
+
+def _finite(candidates: Tensor) -> Tensor:
+    return candidates.isfinite().flatten(2).all(2)
+
+
+def _check_candidates(candidates: Any) -> None:
+    if not isinstance(candidates, Tensor):
+        kind = type(candidates).__name__
+        raise TypeError(
+            f"candidates are {kind}: expected a tensor of normalised actions; use statistics.normalize(raw)"
+        )
+    shape = tuple(candidates.shape)
+    if candidates.ndim != 4 or not candidates.is_floating_point():
+        raise ValueError(f"candidates: expected a floating point (B,N,H,A), got {candidates.dtype} {shape}")
+    if 0 in shape:
+        raise ValueError(f"candidates {shape}: at least the policy's own chunk is needed in each row")
