@@ -1,0 +1,228 @@
+"""Checkpoint folders in the host's Hugging Face format: load, save, and load what was saved.
+
+Weights are safetensors (single or sharded); action head and proprio projector are the host's `.pt` files,
+read with `weights_only=True`. Nothing is unpickled and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from vla_energy.actions import DatasetStatistics, load_statistics
+from vla_energy.backbones.config import CheckpointFolderError, OpenVLAConfig, read_json
+from vla_energy.backbones.lora import merged_state_dict
+from vla_energy.backbones.openvla import OpenVLA
+from vla_energy.backbones.processor import Processor
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+)
+_DDP_PREFIX = "module."
+
+
+class LoadedVLA(OpenVLA):
+    """An `OpenVLA` with what lies beside its weights.
+
+    Attributes:
+        folder: where it was loaded from.
+        processor: makes its batches.
+        statistics: per dataset, empty if the folder has none (a base model before fine-tuning).
+    """
+
+    folder: Path
+    processor: Processor
+    statistics: dict[str, DatasetStatistics]
+
+
+def load_openvla(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    num_images: int = 1,
+    use_proprio: bool = False,
+    *,
+    horizon: int | None = None,
+    action_dim: int | None = None,
+    proprio_dim: int | None = None,
+    new_head: bool = False,
+) -> LoadedVLA:
+    """Loads an OpenVLA or OpenVLA-OFT checkpoint folder, ours or the host's, in eval mode on the CPU.
+
+    Args:
+        folder: `config.json`, safetensors, tokenizer, and (after fine-tuning) `dataset_statistics.json`,
+            one `action_head--*_checkpoint.pt`, one `proprio_projector--*_checkpoint.pt`.
+        dtype: of all weights.
+        num_images: images an observation has.
+        use_proprio: whether the policy reads proprioception.
+        horizon: H, default what `config.json` says, else 8.
+        action_dim: A of a *new* action head, for a folder without one; without it such a folder is refused.
+        proprio_dim: P of a *new* proprio projector, likewise.
+        new_head: take no action head and projector from the folder, make both new.
+
+    Raises:
+        CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
+    config = OpenVLAConfig.from_folder(folder)
+    head = None if new_head else _component(folder, "action_head", required=action_dim is None)
+    projector = None
+    if use_proprio and not new_head:
+        projector = _component(folder, "proprio_projector", required=proprio_dim is None)
+    vla = LoadedVLA(
+        config,
+        action_dim=_head_action_dim(head, config, folder) if head else int(action_dim or 0),
+        head_hidden_dim=len(head["model.fc1.bias"]) if head else None,
+        proprio_dim=projector["fc1.weight"].shape[1] if projector else proprio_dim if use_proprio else None,
+        num_images=num_images,
+        horizon=horizon,
+    )
+    _load(vla.backbone, _to_timm(_read_weights(folder)), str(folder))
+    if head:
+        _load(vla.action_head, head, f"{folder}: action_head")
+    if projector:
+        assert vla.proprio_projector is not None
+        _load(vla.proprio_projector, projector, f"{folder}: proprio_projector")
+    vla.folder = folder
+    vla.processor = Processor.from_folder(folder, config)
+    path = folder / "dataset_statistics.json"
+    vla.statistics = load_statistics(path) if path.is_file() else {}
+    return vla.to(dtype).eval()
+
+
+def save_openvla(
+    vla: OpenVLA,
+    folder: str | Path,
+    step: int,
+    *,
+    processor_files: str | Path,
+    statistics: Mapping[str, DatasetStatistics],
+    center_crop: bool = False,
+    merge: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Path:
+    """Writes a checkpoint folder that `load_openvla`, and the host, can load.
+
+    Args:
+        vla: with or without LoRA adapters.
+        folder: is created; files of the same names are replaced.
+        step: for the component files' names.
+        processor_files: folder to copy the tokenizer and the image settings from.
+        statistics: one entry a dataset.
+        center_crop: whether the policy expects centre-cropped images, having been trained with random crops.
+        merge: fold LoRA adapters into the saved weights; False saves the base and, in `lora_adapter/`, the adapters.
+        dtype: of the saved weights.
+    """
+    folder, source = Path(folder), Path(processor_files)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.to(dtype).contiguous() for key, value in _from_timm(merged_state_dict(vla.backbone, merge=merge)).items()}
+    if not merge and hasattr(vla.backbone, "peft_config"):
+        vla.backbone.save_pretrained(str(folder / "lora_adapter"))
+    save_torch_state_dict(state, str(folder), max_shard_size="5GB")
+    for name in _PROCESSOR_FILES:
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+    components = {"action_head": vla.action_head, "proprio_projector": vla.proprio_projector}
+    for name, module in components.items():
+        for old in folder.glob(f"{name}--*_checkpoint.pt"):
+            old.unlink()  # the host finds components by substring and wants exactly one
+        if module is not None:
+            tensors = {_DDP_PREFIX + key: value.to(dtype).cpu() for key, value in module.state_dict().items()}
+            torch.save(tensors, folder / f"{name}--{step}_checkpoint.pt")
+    entries = {name: entry.to_dict() for name, entry in statistics.items()}
+    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop), "norm_stats": entries}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
+    return folder
+
+
+def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] | None:
+    """State of the one `<name>--*_checkpoint.pt`, without DDP's prefix; None if absent and not required."""
+    found = sorted(folder.glob(f"*{name}*_checkpoint.pt"))
+    if not found and not required:
+        return None
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise CheckpointFolderError(f"{folder}: need exactly one {name}--*_checkpoint.pt, found {names}")
+    try:
+        state = torch.load(found[0], map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for damaged files
+        raise CheckpointFolderError(f"{found[0]} is damaged or holds more than weights: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointFolderError(f"{found[0]}: expected a dictionary of tensors")
+    return {key.removeprefix(_DDP_PREFIX): value for key, value in state.items()}
+
+
+def _head_action_dim(head: dict[str, Tensor], config: OpenVLAConfig, folder: Path) -> int:
+    try:
+        action_dim = len(head["model.fc2.bias"])
+        width = len(head["model.layer_norm1.bias"])
+    except KeyError as error:
+        raise CheckpointFolderError(f"{folder}: the action head is no L1 head, it lacks {error}") from error
+    expected = int(config.text.get("hidden_size", 4096)) * action_dim
+    if width != expected:
+        raise CheckpointFolderError(f"{folder}: the action head reads {width} features, the model gives {expected}")
+    return action_dim
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    names = [_SINGLE]
+    if (folder / _INDEX).is_file():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointFolderError(f"{folder / _INDEX}: no weight_map")
+        names = sorted(set(weight_map.values()))
+    state: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointFolderError(f"{path} not found; the checkpoint is incomplete")
+        try:
+            state.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointFolderError(f"{path} is damaged ({error}); copy or download it again") from error
+    return state
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Strict load; complains with names, and never leaves a weight at its random value."""
+    own = module.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
+        raise CheckpointFolderError(f"{where}: weights do not fit: {shown}")
+    module.load_state_dict(state)
+
+
+def _to_timm(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The host renames timm's LayerScale parameter, as its Hugging Face version mangles the name `gamma`."""
+    return {key.replace(".scale_factor", ".gamma"): value for key, value in state.items()}
+
+
+def _from_timm(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key.replace(".gamma", ".scale_factor") if key.startswith("vision_backbone.") else key: value
+        for key, value in state.items()
+    }

@@ -1,0 +1,279 @@
+"""OpenVLA-OFT's forward pass on stock transformers: bidirectional attention, parallel action decoding.
+
+Sequence: BOS, vision patches of every image, proprio token if any, prompt, H*A action placeholders whose
+embeddings are zero, stop token, right padding. Facts about the host: docs and `design` of openvla-oft at
+commit 213c5ff8; equality is measured against stored outputs of the real code in `tests/test_goldens.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vla_energy.backbones.action_head import L1ActionHead, ProprioProjector
+from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.vision import Projector, VisionBackbone
+
+LayerExits = Literal["raw", "normed", "off"]
+IGNORE_INDEX = -100
+STOP_ID = 2
+"""Llama's end-of-sequence token, which closes every action sequence."""
+
+
+@dataclass(frozen=True)
+class VLAOutput:
+    """What one forward pass gives; actions are normalised.
+
+    Attributes:
+        hidden_states: layers+1 tensors `(B, S, D)`; the first is the embeddings, the last is after the final norm.
+        context: `(B, S, D)`, the last hidden states.
+        context_mask: `(B, S)` bool, True for BOS, patches, proprio and prompt: what an energy head may see.
+        actions: `(B, H, A)`, the policy's chunk.
+        layer_actions: `(B, L, H, A)`, L = layers+1, chunks decoded from every layer, the policy's last; None if off.
+        projector_features: `(B, patches, D)`, the proprio token last if there is one.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    context: Tensor
+    context_mask: Tensor
+    actions: Tensor
+    layer_actions: Tensor | None
+    projector_features: Tensor
+
+
+class OpenVLABackbone(nn.Module):
+    """Vision towers, projector and language model under the host's parameter names; LoRA wraps this."""
+
+    def __init__(self, config: OpenVLAConfig) -> None:
+        super().__init__()
+        self.vision_backbone = VisionBackbone(config)
+        llama = LlamaConfig(**config.text, attn_implementation="sdpa")
+        self.projector = Projector(
+            self.vision_backbone.embed_dim, llama.hidden_size, fused=self.vision_backbone.fused_featurizer is not None
+        )
+        self.language_model = LlamaForCausalLM(llama)
+
+    def forward(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, extra: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Tensor]:
+        """All hidden states, and the features put between BOS and the prompt.
+
+        Args:
+            pixel_values: `(B, channels * images, height, width)`.
+            input_ids, attention_mask: `(B, T)`.
+            action_mask: `(B, T)` bool, True at action placeholders, whose embeddings are zeroed.
+            extra: `(B, 1, D)` proprio token or None.
+        """
+        features = self.projector(self.vision_backbone(pixel_values))
+        if extra is not None:
+            features = torch.cat([features, extra.to(features.dtype)], dim=1)
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        embeddings = embeddings.masked_fill(action_mask[..., None], 0.0)
+        sequence = torch.cat([embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
+        visible = attention_mask.bool()
+        inserted = visible.new_ones(features.shape[:2])
+        valid = torch.cat([visible[:, :1], inserted, visible[:, 1:]], dim=1)
+        hidden = self.language_model.model(
+            inputs_embeds=sequence,
+            attention_mask=bidirectional_mask(valid, sequence.dtype),
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        return hidden, features
+
+
+def bidirectional_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask `(B, 1, S, S)`: every token sees every valid token, later ones included.
+
+    The host's transformers fork is bidirectional on its SDPA path; stock Llama is causal unless it is
+    handed a full mask, and loses 40 points of LIBERO success without a word (openvla-oft issues 12, 106).
+
+    Args:
+        valid: `(B, S)` bool, True = not padding.
+        dtype: of the mask.
+    """
+    length = valid.shape[1]
+    mask = torch.zeros(valid.shape, dtype=dtype, device=valid.device).masked_fill(~valid, torch.finfo(dtype).min)
+    return mask[:, None, None, :].expand(-1, 1, length, length)
+
+
+class OpenVLA(nn.Module):
+    """The policy: backbone, L1 action head and (optional) proprio projector.
+
+    Args:
+        config: of the checkpoint.
+        action_dim: A.
+        head_hidden_dim: width of the action head, default the language model's.
+        proprio_dim: P, or None for a policy without proprioception.
+        num_images: images an observation has.
+        horizon: H, default the config's.
+    """
+
+    def __init__(
+        self,
+        config: OpenVLAConfig,
+        action_dim: int,
+        head_hidden_dim: int | None = None,
+        proprio_dim: int | None = None,
+        num_images: int = 1,
+        horizon: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_images = num_images
+        self.horizon = horizon or config.horizon
+        self.action_dim = action_dim
+        self.backbone: Any = OpenVLABackbone(config)  # OpenVLABackbone, or peft's wrapper around it
+        width = self.backbone.language_model.config.hidden_size
+        self.context_dim = int(width)
+        self.num_layers = int(self.backbone.language_model.config.num_hidden_layers)
+        self.action_head = L1ActionHead(width, head_hidden_dim or width, action_dim)
+        self.proprio_projector = None if proprio_dim is None else ProprioProjector(proprio_dim, width)
+
+    @property
+    def channels(self) -> int:
+        """Channels of `pixel_values` for one image."""
+        return 3 * len(self.config.timm_model_ids)
+
+    def forward(self, batch: Mapping[str, Any], layer_exits: LayerExits = "raw") -> VLAOutput:
+        """One pass over prompts that end in action placeholders.
+
+        Args:
+            batch: the host's keys: `pixel_values (B,C,h,w)`, `input_ids (B,T)`, `attention_mask (B,T)`,
+                `labels (B,T)` (action ids at the placeholders, -100 elsewhere), `proprio (B,P)` if the policy
+                uses it. `actions` is not read.
+            layer_exits: "raw" applies the action head to the inner states as they are, "normed" after the
+                final norm, "off" leaves `layer_actions` None. Exits carry no gradient, the policy's chunk does.
+
+        Raises:
+            ValueError: a key is missing, images or proprio do not fit the policy, padding is not on the right,
+                or a row's number of action tokens is not a multiple of A or differs from the other rows'.
+        """
+        self._check(batch)
+        labels = batch["labels"]
+        action_mask = labels > self.config.action_token_begin
+        dtype = self.backbone.projector.fc1.weight.dtype
+        extra = None
+        if self.proprio_projector is not None:
+            extra = self.proprio_projector(batch["proprio"].to(self.proprio_projector.fc1.weight.dtype))[:, None]
+        hidden, features = self.backbone(
+            batch["pixel_values"].to(dtype), batch["input_ids"], batch["attention_mask"], action_mask, extra
+        )
+        rows, positions = _action_positions(action_mask, features.shape[1], self.action_dim)
+        head_dtype = self.action_head.model.fc1.weight.dtype
+        actions = self.action_head(hidden[-1][rows, positions].to(head_dtype))
+        layer_actions = None
+        if layer_exits != "off":
+            inner = self._inner_exits(hidden[:-1], rows, positions, normed=layer_exits == "normed")
+            layer_actions = torch.cat([inner.to(actions.dtype), actions[:, None]], dim=1)
+        return VLAOutput(
+            hidden_states=hidden,
+            context=hidden[-1],
+            # The state before the first action placeholder predicts the first action: it is not context.
+            context_mask=torch.arange(hidden[-1].shape[1], device=rows.device)[None] < positions[:, :1],
+            actions=actions,
+            layer_actions=layer_actions,
+            projector_features=features,
+        )
+
+    @torch.no_grad()
+    def _inner_exits(self, hidden: tuple[Tensor, ...], rows: Tensor, positions: Tensor, *, normed: bool) -> Tensor:
+        states = torch.stack([layer[rows, positions] for layer in hidden], dim=1)
+        if normed:
+            states = self.backbone.language_model.model.norm(states)
+        return self.action_head(states.to(self.action_head.model.fc1.weight.dtype))
+
+    @torch.no_grad()
+    def predict(self, batch: Mapping[str, Any], layer_exits: LayerExits = "raw") -> VLAOutput:
+        """The policy's chunks for a batch of prompts, dropout off.
+
+        Args:
+            batch: `pixel_values`, `input_ids`, `attention_mask` of prompts without action tokens, and
+                `proprio` if the policy uses it. A prompt that does not end in the empty token gets it, as
+                in the host: the policy was trained with it.
+            layer_exits: as in `forward`.
+        """
+        prompts = _end_in(batch, self.config.empty_token_id, self.config.pad_token_id)
+        count = self.horizon * self.action_dim
+        tokens = torch.full((len(batch["input_ids"]), count), self.config.vocab_size - 1)
+        tokens = tokens.to(batch["input_ids"].device)
+        full = {**batch, **append_actions(prompts, tokens, STOP_ID, self.config.pad_token_id)}
+        training = self.training
+        self.eval()
+        try:
+            return self(full, layer_exits)
+        finally:
+            self.train(training)
+
+    def _check(self, batch: Mapping[str, Any]) -> None:
+        wanted = ["pixel_values", "input_ids", "attention_mask", "labels"]
+        wanted += ["proprio"] if self.proprio_projector is not None else []
+        missing = [key for key in wanted if batch.get(key) is None]
+        if missing:
+            raise ValueError(f"batch lacks {', '.join(missing)}")
+        channels = batch["pixel_values"].shape[1]
+        if channels != self.channels * self.num_images:
+            raise ValueError(
+                f"pixel_values has {channels} channels; {self.num_images} image(s) need {self.channels * self.num_images}"
+            )
+        mask = batch["attention_mask"].bool()
+        if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+            raise ValueError("attention_mask must be True up to each row's end: pad on the right")
+
+
+def _end_in(prompts: Mapping[str, Any], token: int, pad_id: int) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask` with `token` put behind every row that does not end in it."""
+    ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
+    lengths = mask.sum(dim=1, keepdim=True)
+    lacking = ids.gather(1, lengths - 1) != token
+    ids = torch.cat([ids.masked_fill(~mask, pad_id), ids.new_full((len(ids), 1), pad_id)], dim=1)
+    ids = ids.scatter(1, lengths, torch.where(lacking, token, pad_id))
+    total = lengths + lacking
+    return {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1], device=ids.device)[None] < total}
+
+
+def append_actions(prompts: Mapping[str, Tensor], tokens: Tensor, stop_id: int, pad_id: int) -> dict[str, Tensor]:
+    """Puts action tokens and the stop token behind each prompt, before its padding.
+
+    Args:
+        prompts: `input_ids` and `attention_mask`, `(B, T)`, padded on the right.
+        tokens: `(B, H*A)`.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, `(B, T + H*A + 1)`.
+    """
+    mask = prompts["attention_mask"].bool()
+    tail = torch.cat([tokens, tokens.new_full((len(tokens), 1), stop_id)], dim=1)
+    lengths = mask.sum(dim=1, keepdim=True)
+    positions = lengths + torch.arange(tail.shape[1], device=tail.device)
+    shape = (len(tail), mask.shape[1] + tail.shape[1])
+    ids = torch.full(shape, pad_id, dtype=tail.dtype, device=tail.device)
+    ids[:, : mask.shape[1]] = prompts["input_ids"].masked_fill(~mask, pad_id)
+    labels = torch.full(shape, IGNORE_INDEX, dtype=tail.dtype, device=tail.device)
+    attention_mask = torch.arange(shape[1], device=tail.device)[None] < lengths + tail.shape[1]
+    return {
+        "input_ids": ids.scatter(1, positions, tail),
+        "attention_mask": attention_mask,
+        "labels": labels.scatter(1, positions, tail),
+    }
+
+
+def _action_positions(action_mask: Tensor, num_features: int, action_dim: int) -> tuple[Tensor, Tensor]:
+    """Where the states that predict the action tokens sit: row indices `(B,1)` and positions `(B, H*A)`.
+
+    A state predicts the token after it, so each lies one position before its placeholder.
+    """
+    counts = action_mask.sum(dim=1)
+    first = int(counts[0])
+    if first == 0 or first % action_dim or bool((counts != first).any()):
+        raise ValueError(
+            f"action tokens a row {counts.tolist()}: every row needs the same positive multiple of A = {action_dim}"
+        )
+    tokens = action_mask.nonzero()[:, 1].reshape(-1, first)
+    rows = torch.arange(len(action_mask), device=action_mask.device)[:, None]
+    return rows, tokens - 1 + num_features
