@@ -1,0 +1,101 @@
+"""The command line: a quick --help, errors of one line, and the rollout command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from vla_energy import cli
+
+BACKEND = "point_world:PointWorld"
+
+
+@pytest.fixture(autouse=True)
+def _fakes(monkeypatch):
+    """The point world, and a checkpoint loader that gives the fake policy of the rollout tests."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    from test_rollout import FakePolicy
+
+    def load_policy(checkpoint: str, device: str) -> FakePolicy:
+        if checkpoint == "missing":
+            raise ValueError("missing: no config.json in it")
+        return FakePolicy()
+
+    module = types.ModuleType("vla_energy.rollout.policy")
+    monkeypatch.setattr(module, "load_policy", load_policy, raising=False)
+    monkeypatch.setitem(sys.modules, "vla_energy.rollout.policy", module)
+
+
+def rollout(tmp_path, *extra: str) -> int:
+    out = str(tmp_path / "runs" / "result.json")
+    flags = ["--checkpoint", "fake", "--tasks", "near", "--episodes", "3", "--sim", BACKEND, "--out", out]
+    return cli.main(["rollout", *flags, *extra])
+
+
+def test_help_is_quick():
+    heavy = {"torch", "numpy", "tensorflow", "transformers", "mujoco"}
+    code = f"import sys; from vla_energy.cli import build_parser; build_parser(); print({heavy} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_rollout_prints_a_table_and_writes_the_results(tmp_path, capsys):
+    assert rollout(tmp_path) == 0
+    printed = capsys.readouterr().out
+    assert "100.0%" in printed and "points, p=" in printed and "written to" in printed
+    saved = json.loads((tmp_path / "runs" / "result.json").read_text())
+    assert saved["complete"] and saved["settings"]["arms"] == ["policy", "rerank"]
+
+
+def test_rollout_prints_json(tmp_path, capsys):
+    assert rollout(tmp_path, "--json", "--arms", "rerank") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "runs" / "result.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        (["--arms", "policy,magic"], "unknown arm(s): magic; known: policy, rerank"),
+        (["--tasks", "nowhere"], f"unknown {BACKEND} task(s): nowhere; known: dies, far, hangs, near"),
+        (["--tasks", ","], "tasks must be given"),
+        (["--episodes", "0"], "episodes must be at least 1, got 0"),
+        (["--episodes", "many"], "argument --episodes: invalid int value: 'many' (see vla-energy rollout --help)"),
+        (["--replan-every", "9"], "replan_every 9 exceeds the checkpoint's horizon 6"),
+        (["--sim", "gazebo"], "unknown simulator 'gazebo'; known: metaworld"),
+        (["--checkpoint", "missing"], "missing: no config.json in it"),
+        (["--out", "/"], "cannot write results to /"),
+        (["--tasks", "raises"], "raises: RuntimeError: physics exploded"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, capsys, extra, message):
+    assert rollout(tmp_path, *extra) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # before it at most the progress bar
+    assert error.startswith("error: ") and message in error
+    assert not (tmp_path / "runs" / "result.json").exists()
+
+
+def test_no_command_and_traceback(tmp_path, capsys):
+    assert cli.main([]) == 2
+    assert "COMMAND" in capsys.readouterr().err
+    assert rollout(tmp_path, "--episodes", "0", "--traceback") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_defect_keeps_its_traceback_and_interruption_is_130(tmp_path, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise AssertionError("a defect")
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vla_energy.rollout.command.run", fail)
+    with pytest.raises(AssertionError):
+        rollout(tmp_path)
+    monkeypatch.setattr("vla_energy.rollout.command.run", interrupt)
+    assert rollout(tmp_path) == 130
+    assert "interrupted" in capsys.readouterr().err

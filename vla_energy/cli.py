@@ -1,0 +1,71 @@
+"""The `vla-energy` command: each subcommand is a module with `add_arguments(parser)` and `run(args) -> int`.
+
+Command modules keep their heavy imports inside `run`, so that `--help` is answered at once. An error of ours is
+one line on stderr and exit code 2; anything else is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+COMMANDS = {"rollout": ("vla_energy.rollout.command", "closed-loop episodes of a checkpoint, arms paired by seed")}
+"""Subcommand -> its module, and one line of help."""
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class UsageError(ValueError):
+    """The command line cannot be parsed."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports errors as ours instead of printing the usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with all subcommands."""
+    parser = _Parser(prog="vla-energy", description="Energy heads for OpenVLA-style policies.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, text) in COMMANDS.items():
+        command = importlib.import_module(module)
+        subparser = subparsers.add_parser(name, help=text, description=command.__doc__)
+        command.add_arguments(subparser)
+        subparser.add_argument("--traceback", action="store_true", help="show where an error came from")
+        subparser.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        args = build_parser().parse_args(arguments)
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted; what was already written is kept", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:
+        if not _is_ours(error):
+            raise
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
+        return _BAD_INPUT
+
+
+def _is_ours(error: Exception) -> bool:
+    """Bad input, or an exception class of this package (SimulatorError and others are no ValueErrors)."""
+    return isinstance(error, (ValueError, OSError)) or type(error).__module__.partition(".")[0] == "vla_energy"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

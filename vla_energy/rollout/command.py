@@ -1,0 +1,92 @@
+"""Paired closed-loop episodes of a checkpoint: every arm runs the same seeds, the simulator in its own process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder")
+    parser.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="task names, comma-separated")
+    parser.add_argument("--episodes", type=int, default=20, metavar="N", help="episodes a task and arm (default 20)")
+    parser.add_argument(
+        "--arms",
+        type=_names,
+        default=["policy", "rerank"],
+        help="arms to compare on the same seeds, the first is the baseline (default policy,rerank)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="first episode's seed (default 0)")
+    parser.add_argument("--out", required=True, metavar="FILE", help="results, JSON; rewritten after every task")
+    parser.add_argument(
+        "--replan-every", type=int, default=4, metavar="N", help="actions executed a decision (default 4)"
+    )
+    parser.add_argument("--max-steps", type=int, default=150, metavar="N", help="steps an episode (default 150)")
+    parser.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="simulator processes = largest batch (default 2)"
+    )
+    parser.add_argument("--sim", default="metaworld", help="simulator: metaworld (default), or module:Class of yours")
+    parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; what can be wrong with the flags is found before the checkpoint is loaded."""
+    from vla_energy.rollout.interface import ARMS, check_arms
+    from vla_energy.rollout.run import Settings, run_rollouts
+    from vla_energy.rollout.simulator import check_tasks
+    from vla_energy.rollout.summary import check_writable, to_json
+
+    settings = Settings(
+        args.tasks, args.episodes, args.arms, args.seed, args.replan_every, args.max_steps, args.workers, args.sim
+    )
+    settings.validate()
+    check_arms(args.arms, set(ARMS))
+    check_writable(args.out)
+    check_tasks(args.tasks, args.sim)
+    from vla_energy.rollout.policy import load_policy
+
+    result = run_rollouts(
+        load_policy(args.checkpoint, args.device),
+        args.tasks,
+        args.episodes,
+        args.arms,
+        args.seed,
+        args.replan_every,
+        args.max_steps,
+        args.workers,
+        backend=args.sim,
+        out=args.out,
+    )
+    print(json.dumps(to_json(result), allow_nan=False) if args.json else f"{table(result)}\nwritten to {args.out}")
+    return 0
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results for a terminal: one line a task and arm, then overall. Percent and points, 95 percent intervals."""
+    width = max(map(len, (*result["tasks"], "overall")))
+    arms = max(map(len, result["settings"]["arms"]))
+    lines = [f"{'task':{width}}  {'arm':{arms}}  {'success':>20}  {'ms':>7}  paired difference to the first arm"]
+    for task, summary in [*result["tasks"].items(), ("overall", result["overall"])]:
+        for arm, values in summary["arms"].items():
+            low, high = values["interval"]
+            success = f"{100 * values['success']:5.1f}% [{100 * low:5.1f},{100 * high:6.1f}]"
+            difference = _difference(summary["differences"][arm]) if arm in summary["differences"] else ""
+            milliseconds = values["milliseconds_per_decision"]["mean"]
+            line = f"{task:{width}}  {arm:{arms}}  {success:>20}  {milliseconds:7.1f}  {difference}"
+            lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _difference(values: dict[str, Any]) -> str:
+    low, high = values["interval"]
+    return (
+        f"{100 * values['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points, "
+        f"p={values['p_value']:.3g} ({values['won']} won, {values['lost']} lost of {values['pairs']})"
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

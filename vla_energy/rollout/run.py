@@ -1,0 +1,241 @@
+"""Paired closed-loop rollouts: every arm runs the same episodes, several episodes share one forward pass.
+
+`workers` worlds of one task run in lockstep: all execute their chunk, then all are answered by one batched call
+of the policy per arm. What a row is answered may not depend on the rows beside it; candidate noise comes from a
+generator seeded by (task, episode seed, step) alone, so that it is the same for every arm, order and batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from vla_energy.actions import RawActions
+from vla_energy.rollout.interface import Decision, Policy, check_arms
+from vla_energy.rollout.simulator import SimulatorProcess, backend_info, check_tasks
+from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
+from vla_energy.rollout.world import Observation
+
+EVALUATION_SEED_OFFSET = 1_000_000
+"""Episode i starts from `seed + EVALUATION_SEED_OFFSET + i`; recordings stay far below."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run. Checked by `validate`; written into the results."""
+
+    tasks: list[str]
+    episodes: int
+    arms: list[str]
+    seed: int
+    replan_every: int
+    max_steps: int
+    workers: int
+    backend: str
+
+    def validate(self) -> None:
+        """Checks what needs neither simulator nor policy. Raises ValueError naming the setting."""
+        for name in ("episodes", "replan_every", "max_steps", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < EVALUATION_SEED_OFFSET:
+            raise ValueError(f"seed must be in 0..{EVALUATION_SEED_OFFSET - 1}, got {self.seed}")
+        for name, values in (("tasks", self.tasks), ("arms", self.arms)):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must be given, each once, got {values}")
+
+    def validate_policy(self, policy: Policy) -> None:
+        """Checks the settings against the checkpoint and the simulator. Raises ValueError with the fix."""
+        check_arms(self.arms, policy.arms)
+        if self.replan_every > policy.horizon:
+            raise ValueError(f"replan_every {self.replan_every} exceeds the checkpoint's horizon {policy.horizon}")
+        check_tasks(self.tasks, self.backend)
+        action_dim = backend_info(self.backend).action_dim
+        if policy.action_dim != action_dim:
+            raise ValueError(
+                f"the checkpoint's actions have {policy.action_dim} dimensions, {self.backend}'s have {action_dim}: "
+                "roll out a checkpoint fine-tuned on this simulator's data"
+            )
+
+
+def run_rollouts(
+    policy: Policy,
+    tasks: Sequence[str],
+    episodes: int,
+    arms: Sequence[str],
+    seed: int = 0,
+    replan_every: int = 4,
+    max_steps: int = 150,
+    workers: int = 2,
+    *,
+    backend: str = "metaworld",
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Runs `episodes` episodes of every task with every arm, on the same seeds.
+
+    Args:
+        policy: the checkpoint.
+        tasks: task names of the backend.
+        episodes: episodes a task and arm.
+        arms: arms to compare; the first is the baseline of the differences.
+        seed: episode i starts from `seed + EVALUATION_SEED_OFFSET + i`.
+        replan_every: actions of a chunk that are executed before the next decision.
+        max_steps: physics steps after which an episode has failed.
+        workers: simulator processes, which is also the largest batch the policy sees.
+        backend: simulator, see `simulator.BACKENDS`.
+        out: JSON file, rewritten after every task; `"complete"` in it is false until the last.
+
+    Returns:
+        What `summary.summarize` describes; the content of `out`.
+
+    Raises:
+        ValueError: settings that fit neither each other, nor the checkpoint, nor the simulator; a policy that
+            answers with chunks of the wrong shape or with NaN.
+        SimulatorError: a simulator failed, died or hung; tasks finished before are in `out`.
+        OSError: `out` cannot be written; found before the first episode.
+    """
+    settings = Settings(list(tasks), episodes, list(arms), seed, replan_every, max_steps, workers, backend)
+    settings.validate()
+    if out is not None:
+        check_writable(out)
+    settings.validate_policy(policy)
+    start = time.perf_counter()
+    meta = {"checkpoint": policy.metadata, "versions": versions(), "first_episode_seed": seed + EVALUATION_SEED_OFFSET}
+    records: list[dict[str, Any]] = []
+    result: dict[str, Any] = {}
+    total = len(settings.tasks) * len(settings.arms) * episodes
+    with tqdm(total=total, disable=None, unit="episode") as bar:  # None: silent where stderr is no terminal
+        for index, task in enumerate(settings.tasks, start=1):
+            bar.set_description(task)
+            records += _run_task(policy, task, settings, bar)
+            meta["seconds"] = time.perf_counter() - start
+            result = summarize(records, settings, meta, complete=index == len(settings.tasks))
+            if out is not None:
+                write_json(out, result)
+    return result
+
+
+@dataclass
+class _Episode:
+    """An episode under way in one simulator."""
+
+    simulator: SimulatorProcess
+    arm: str
+    seed: int
+    observation: Observation | None = None
+    steps: int = 0
+    success: bool = False
+    decisions: list[Decision] = field(default_factory=list)
+    milliseconds: list[float] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        keys = sorted({key for decision in self.decisions for key in decision.telemetry})
+        values = {key: [float(d.telemetry[key]) for d in self.decisions if key in d.telemetry] for key in keys}
+        return {
+            "task": self.simulator.task,
+            "seed": self.seed,
+            "arm": self.arm,
+            "success": self.success,
+            "steps": self.steps,
+            "decisions": len(self.decisions),
+            "accepted_share": float(np.mean([decision.accepted for decision in self.decisions])),
+            "milliseconds": self.milliseconds,
+            "rows": self.rows,
+            "telemetry": {key: float(np.mean(value)) for key, value in values.items()},
+        }
+
+
+def _order(settings: Settings) -> Iterator[tuple[str, int]]:
+    """(arm, seed) in the order of execution: blocks of `workers` seeds with one arm, so that rows of a batch share
+    their arm, and arms in turn, so that a machine that slows down slows all arms."""
+    first = settings.seed + EVALUATION_SEED_OFFSET
+    for block in range(first, first + settings.episodes, settings.workers):
+        for arm in settings.arms:
+            for seed in range(block, min(block + settings.workers, first + settings.episodes)):
+                yield arm, seed
+
+
+def _run_task(policy: Policy, task: str, settings: Settings, bar: tqdm) -> list[dict[str, Any]]:
+    """Records of all episodes of one task, sorted by seed, then by arm as given."""
+    waiting = deque(_order(settings))
+    records: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        count = min(settings.workers, len(waiting))
+        idle = [stack.enter_context(SimulatorProcess(task, settings.backend)) for _ in range(count)]
+        running: list[_Episode] = []
+        while waiting or running:
+            started = [_Episode(simulator, *waiting.popleft()) for simulator in idle[: len(waiting)]]
+            for episode in started:
+                episode.simulator.request_reset(episode.seed)
+            for episode in started:
+                episode.observation = episode.simulator.answer()
+            running += started
+            _decide_and_execute(policy, running, settings)
+            finished = [episode for episode in running if episode.observation is None]
+            running = [episode for episode in running if episode.observation is not None]
+            idle = [episode.simulator for episode in finished]
+            records += [episode.record() for episode in finished]
+            bar.update(len(finished))
+    return sorted(records, key=lambda record: (record["seed"], settings.arms.index(record["arm"])))
+
+
+def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Settings) -> None:
+    """One decision and its execution for every episode; the observation of a finished one becomes None."""
+    for arm in settings.arms:
+        if batch := [episode for episode in running if episode.arm == arm]:
+            _decide(policy, arm, batch)
+    for episode in running:
+        count = min(settings.replan_every, settings.max_steps - episode.steps)
+        observe = episode.steps + count < settings.max_steps
+        episode.simulator.request_execute(episode.decisions[-1].actions.values[:count], observe)
+    for episode in running:
+        execution = episode.simulator.answer()
+        episode.observation, episode.success = execution.observation, execution.done
+        episode.steps += execution.steps
+
+
+def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:
+    """One batched call of the policy; appends a decision to each episode.
+
+    Raises:
+        ValueError: the policy's answer has the wrong length, type or shape, or is not finite.
+    """
+    observations = [episode.observation for episode in batch if episode.observation is not None]
+    generators = [_generator(episode.simulator.task, episode.seed, episode.steps) for episode in batch]
+    start = time.perf_counter()
+    decisions = policy.act(
+        [observation.images for observation in observations],
+        [observation.proprio for observation in observations],
+        [observation.instruction for observation in observations],
+        arm,
+        generators,
+    )
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    if len(decisions) != len(batch):
+        raise ValueError(f"arm {arm}: the policy gave {len(decisions)} decisions for {len(batch)} observations")
+    shape = (policy.horizon, policy.action_dim)
+    for episode, decision in zip(batch, decisions):
+        where = f"arm {arm}, task {episode.simulator.task}, seed {episode.seed}, step {episode.steps}"
+        if not isinstance(decision.actions, RawActions) or decision.actions.values.shape != shape:
+            raise ValueError(f"{where}: the policy must answer with RawActions of shape {shape}")
+        if not np.isfinite(decision.actions.values).all():
+            raise ValueError(f"{where}: the policy's actions are not finite")
+        episode.decisions.append(decision)
+        episode.milliseconds.append(milliseconds / len(batch))
+        episode.rows.append(len(batch))
+
+
+def _generator(task: str, seed: int, step: int) -> torch.Generator:
+    digest = hashlib.sha256(f"{task}/{seed}/{step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,137 @@
+"""What a simulator backend offers, and the process side that serves it.
+
+A backend is a module with a `World` class and, beside it, `task_names() -> list[str]`,
+`instruction(task) -> str` and `ACTION_DIM`. This module is imported by the simulator's process: no torch here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import signal
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_energy.data.metaworld_env import SimulatorError
+
+
+class World(Protocol):
+    """What a backend's class offers; its constructor takes the task's name."""
+
+    def reset(self, seed: int) -> None:
+        """Starts the episode that this seed always starts, whatever was run before."""
+
+    def state(self) -> np.ndarray:
+        """Proprioception `(P,)` float32 in the robot's units."""
+        ...
+
+    def render(self) -> np.ndarray:
+        """Camera image `(h, w, 3)`, or `(num_images, h, w, 3)` with several cameras; uint8."""
+        ...
+
+    def step(self, action: np.ndarray) -> bool:
+        """Executes one raw action `(A,)`; True once the task is solved."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the policy sees.
+
+    Attributes:
+        images: `(num_images, h, w, 3)` uint8.
+        proprio: `(P,)` float32 in the robot's units.
+        instruction: the task in words.
+    """
+
+    images: np.ndarray
+    proprio: np.ndarray
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Outcome of executing actions.
+
+    Attributes:
+        observation: what is seen afterwards; None once solved or if it was not asked for.
+        done: whether the task was solved; later actions of the chunk were not executed.
+        steps: physics steps taken.
+    """
+
+    observation: Observation | None
+    done: bool
+    steps: int
+
+
+@dataclass(frozen=True)
+class BackendInfo:
+    """What a backend offers: its task names, sorted, and its action dimensions."""
+
+    tasks: tuple[str, ...]
+    action_dim: int
+
+
+class _Server:
+    """The child's side: builds the world when first needed and answers requests by name."""
+
+    def __init__(self, task: str, target: str) -> None:
+        self._task, self._target = task, target
+        self._world: World | None = None
+        self._module: Any = None
+
+    def _load(self) -> Any:
+        module, _, name = self._target.partition(":")
+        self._module = importlib.import_module(module)
+        return getattr(self._module, name)
+
+    def _ready(self) -> World:
+        world: World = self._world if self._world is not None else self._load()(self._task)
+        self._world = world
+        return world
+
+    def _observe(self, world: World) -> Observation:
+        image = np.asarray(world.render(), np.uint8)
+        images = image[None] if image.ndim == 3 else image
+        return Observation(images, np.asarray(world.state(), np.float32), self._module.instruction(self._task))
+
+    def info(self) -> BackendInfo:
+        self._load()
+        return BackendInfo(tuple(sorted(self._module.task_names())), int(self._module.ACTION_DIM))
+
+    def reset(self, seed: int) -> Observation:
+        world = self._ready()
+        world.reset(seed)
+        return self._observe(world)
+
+    def execute(self, actions: np.ndarray, observe: bool) -> Execution:
+        if self._world is None:
+            raise SimulatorError("execute before the first reset")
+        for steps, action in enumerate(actions, start=1):
+            if self._world.step(action):
+                return Execution(None, True, steps)
+        return Execution(self._observe(self._world) if observe else None, False, len(actions))
+
+
+def serve(descriptor: int, task: str, target: str) -> None:
+    """Main function of the simulator's process: answers requests from the pipe until its other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; it closes the pipe
+    pipe, server = Connection(descriptor), _Server(task, target)
+    with contextlib.suppress(EOFError, OSError):  # the parent has gone, or is done
+        while True:
+            name, arguments = pipe.recv()
+            try:
+                answer = True, getattr(server, name)(*arguments)
+            except Exception as error:
+                ours = isinstance(error, (SimulatorError, ValueError))
+                message = str(error) if ours else f"{type(error).__name__}: {error}"
+                answer = False, (message, traceback.format_exc())
+            pipe.send(answer)
+    sys.stdout.flush()
+    os._exit(0)  # skips the renderer's destructors, which may crash under OSMesa
