@@ -1,0 +1,154 @@
+"""Flags of `scripts/finetune_energy.py`: the original script's names and defaults, and `--energy.*`.
+
+No `from __future__ import annotations` here: draccus reads the field types at run time.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from vla_energy.config import EnergyConfig
+
+EMBEDDED = "embedded"
+"""Value of `vla_path` and `data_root_dir` that means what ships with the package."""
+
+
+class FlagError(ValueError):
+    """A flag has a value that cannot work; the message names the flag and the fix."""
+
+
+@dataclass
+class FinetuneConfig:
+    """Fine-tuning an OpenVLA(-OFT) checkpoint with an energy head.
+
+    Attributes:
+        vla_path: checkpoint folder; "embedded" is the tiny one that ships with us.
+        data_root_dir: folder with RLDS datasets; "embedded" is the bundled one.
+        dataset_name: RLDS dataset in it.
+        dataset_config: JSON or YAML file that describes a dataset we do not know.
+        run_root_dir: runs are written below it.
+        shuffle_buffer_size: frames.
+        use_l1_regression: continuous actions by L1, the only action head so far.
+        use_diffusion, num_diffusion_steps_train, use_film, diffusion_sample_freq: not built yet, refused when set.
+        num_images_in_input: 1 main camera, 2 with wrist.
+        use_proprio: proprioception as an input.
+        batch_size: per optimiser step and accumulation step.
+        learning_rate: of LoRA, action head and proprio projector (AdamW).
+        lr_warmup_steps: from 10 to 100 percent of the rate.
+        num_steps_before_decay: the rate drops tenfold after so many steps.
+        grad_accumulation_steps: micro-batches a step.
+        max_steps: optimiser steps; exactly so many are taken.
+        use_val_set, val_freq, val_time_limit: validation every so many steps, for at most so many seconds.
+        save_freq, save_latest_checkpoint_only: checkpoints.
+        resume, resume_step: go on from the run's last (or that) checkpoint; other flags must be the run's.
+        image_aug: the host's augmentation; inference then centre-crops.
+        use_lora, lora_rank, lora_dropout: False trains every weight.
+        merge_lora_during_training: checkpoints hold merged weights, ready to load; False keeps the adapters only
+            in the training state.
+        wandb_entity, wandb_project: W&B; empty is off. TensorBoard and metrics.jsonl are always written.
+        run_id_note, run_id_override: name of the run.
+        wandb_log_freq: steps between two rows of metrics.
+        energy_warm_steps: optimiser steps in which the head's learning rate rises.
+        energy_learning_rate: of the head.
+        energy: everything else about the head.
+        horizon: actions a chunk; 0 takes the checkpoint's.
+        new_action_head: start action head and proprio projector anew, for a robot with other dimensions.
+        precision: "bf16" autocast or "fp32"; the head is always fp32.
+        lr_schedule: "step" as the host's, or "cosine" to a tenth at `max_steps`.
+        max_grad_norm: clips the policy's gradient; 0 is off, as in the host.
+        device: "auto", "cpu", "cuda", ...
+        seed: of everything random.
+    """
+
+    vla_path: str = EMBEDDED
+    data_root_dir: str = EMBEDDED
+    dataset_name: str = "metaworld_demo"
+    run_root_dir: Path = Path("runs")
+    shuffle_buffer_size: int = 100_000
+    use_l1_regression: bool = True
+    use_diffusion: bool = False
+    num_diffusion_steps_train: int = 50
+    use_film: bool = False
+    num_images_in_input: int = 1
+    use_proprio: bool = False
+    batch_size: int = 8
+    learning_rate: float = 5e-4
+    lr_warmup_steps: int = 0
+    num_steps_before_decay: int = 100_000
+    grad_accumulation_steps: int = 1
+    max_steps: int = 200_000
+    use_val_set: bool = False
+    val_freq: int = 10_000
+    val_time_limit: int = 180
+    save_freq: int = 10_000
+    save_latest_checkpoint_only: bool = False
+    resume: bool = False
+    resume_step: int | None = None
+    image_aug: bool = True
+    diffusion_sample_freq: int = 50
+    use_lora: bool = True
+    lora_rank: int = 32
+    lora_dropout: float = 0.0
+    merge_lora_during_training: bool = True
+    wandb_entity: str = ""
+    wandb_project: str = ""
+    run_id_note: str | None = None
+    run_id_override: str | None = None
+    wandb_log_freq: int = 10
+    energy_warm_steps: int = 0
+    energy_learning_rate: float = 5e-4
+    energy: EnergyConfig = field(default_factory=EnergyConfig)
+    dataset_config: str | None = None
+    horizon: int = 0
+    new_action_head: bool = False
+    precision: str = "bf16"
+    lr_schedule: str = "step"
+    max_grad_norm: float = 0.0
+    device: str = "auto"
+    seed: int = 7
+
+    def check(self) -> None:
+        """Refuses what cannot work or is not built yet, before anything is loaded.
+
+        Raises:
+            FlagError: names the flag and what to do.
+        """
+        unbuilt = {"use_diffusion": self.use_diffusion, "use_film": self.use_film}
+        for flag, value in unbuilt.items():
+            if value:
+                raise FlagError(f"--{flag} True is not built yet; leave it out")
+        if not self.use_l1_regression:
+            raise FlagError("--use_l1_regression False (discrete action tokens) is not built yet; leave it out")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise FlagError("training on several processes is not built yet; start one process, without torchrun")
+        if self.precision not in ("bf16", "fp32"):
+            raise FlagError(f"--precision {self.precision}: known are bf16, fp32")
+        if self.lr_schedule not in ("step", "cosine"):
+            raise FlagError(f"--lr_schedule {self.lr_schedule}: known are step, cosine")
+        for flag in ("batch_size", "grad_accumulation_steps", "max_steps", "val_freq", "save_freq", "wandb_log_freq"):
+            if getattr(self, flag) < 1:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be 1 or more")
+        for flag in ("learning_rate", "energy_learning_rate", "lora_rank", "num_images_in_input", "val_time_limit"):
+            if not getattr(self, flag) > 0:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be above 0")
+        for flag in ("horizon", "lr_warmup_steps", "energy_warm_steps", "max_grad_norm", "num_steps_before_decay"):
+            if not getattr(self, flag) >= 0:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be 0 or more")
+        if self.energy.freeze_backbone and not self.energy.enabled:
+            raise FlagError("--energy.freeze_backbone True with --energy.enabled False leaves nothing to train")
+        if self.resume_step is not None and not self.resume:
+            raise FlagError("--resume_step needs --resume True")
+
+    @property
+    def run_dir(self) -> Path:
+        """`run_root_dir/run_id`; the id names what the host's does: checkpoint, dataset, batch, rate, LoRA."""
+        return self.run_root_dir / (self.run_id_override or self._run_id())
+
+    def _run_id(self) -> str:
+        parts = [Path(self.vla_path).name, self.dataset_name, f"b{self.batch_size * self.grad_accumulation_steps}"]
+        parts.append(f"lr-{self.learning_rate}")
+        parts += [f"lora-r{self.lora_rank}+dropout-{self.lora_dropout}"] if self.use_lora else []
+        parts += ["image_aug"] if self.image_aug else []
+        parts += ["energy"] if self.energy.enabled else []
+        parts += [self.run_id_note] if self.run_id_note else []
+        return "+".join(parts)

@@ -1,0 +1,61 @@
+"""Where metrics go: `metrics.jsonl` always, TensorBoard beside it, W&B if a project is named."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from typing import Any
+
+from vla_energy.finetune.config import FinetuneConfig, FlagError
+
+
+class MetricLog:
+    """Writes rows of scalars; a context manager.
+
+    Args:
+        config: its `run_dir` gets `metrics.jsonl` and TensorBoard's events.
+        step: rows after this step are dropped from an existing `metrics.jsonl`, as a resumed run writes them anew.
+
+    Raises:
+        FlagError: a W&B project is named and wandb is not installed.
+    """
+
+    def __init__(self, config: FinetuneConfig, step: int) -> None:
+        self._path = config.run_dir / "metrics.jsonl"
+        self._wandb = self._start_wandb(config)
+        rows = self._path.read_text().splitlines() if self._path.exists() and config.resume else []
+        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        self._path.write_text("".join(row + "\n" for row in kept))
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        self._tensorboard = writer(str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One row; values that are not finite become null in the file, as JSON has no NaN."""
+        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+        for key, value in metrics.items():
+            self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(metrics, step=step)
+
+    @staticmethod
+    def _start_wandb(config: FinetuneConfig) -> Any:
+        if not config.wandb_project:
+            return None
+        try:
+            wandb = importlib.import_module("wandb")
+        except ImportError as error:
+            raise FlagError("--wandb_project is set but wandb is not installed: pip install wandb") from error
+        return wandb.init(
+            entity=config.wandb_entity or None, project=config.wandb_project, name=f"ft+{config.run_dir.name}"
+        )

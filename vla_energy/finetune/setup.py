@@ -1,0 +1,144 @@
+"""From flags to the objects that train: policy, data, head. Every clash between them is told here, before training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vla_energy.actions import DatasetStatistics
+from vla_energy.backbones import CheckpointFolderError, LoadedVLA, load_openvla
+from vla_energy.backbones.lora import add_lora
+from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
+from vla_energy.data import RldsDataset, dataset_config
+from vla_energy.data.augment import center_crop
+from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
+from vla_energy.head import EnergyHead
+
+EMBEDDED_DATA = Path(__file__).parents[1] / "data" / "bundled"
+"""Data root of the bundled RLDS shard."""
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Job:
+    """What a fine-tuning run works on.
+
+    Attributes:
+        vla: the policy on the device, LoRA added if asked.
+        train: the training split.
+        statistics: what its actions and proprio are normalised with.
+        device: of the policy.
+    """
+
+    vla: LoadedVLA
+    train: RldsDataset
+    statistics: DatasetStatistics
+    device: torch.device
+
+    def to_batch(self, raw: dict, *, crop: bool = False) -> Batch:
+        """A dataset's batch in the host's keys, on the device; `crop` takes the centre, as inference does."""
+        images = raw["images"]
+        if crop:
+            shape = images.shape
+            images = center_crop(images.reshape(-1, *shape[2:])).reshape(shape)
+        batch = self.vla.processor.batch(images, raw["instructions"], raw["actions"], raw.get("proprio"))
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+
+def vla_folder(config: FinetuneConfig) -> Path:
+    """The checkpoint folder that `vla_path` means."""
+    return EMBEDDED_VLA if config.vla_path == EMBEDDED else Path(config.vla_path)
+
+
+def data_root(config: FinetuneConfig) -> Path:
+    """The folder that `data_root_dir` means."""
+    return EMBEDDED_DATA if config.data_root_dir == EMBEDDED else Path(config.data_root_dir)
+
+
+def open_split(config: FinetuneConfig, vla: LoadedVLA, split: str, statistics: DatasetStatistics | None) -> RldsDataset:
+    """One split of the dataset, in the policy's image size and chunk length."""
+    training = split == "train"
+    return RldsDataset(
+        data_root(config),
+        config.dataset_name,
+        split,
+        vla.horizon,
+        num_images=config.num_images_in_input,
+        use_proprio=config.use_proprio,
+        config=dataset_config(config.dataset_name, config.dataset_config),
+        statistics=statistics,
+        image_size=vla.processor.image_size,
+        image_aug=config.image_aug and training,
+        # Held-out frames in stored order would make a batch of neighbours, which are no negatives of each other.
+        shuffle_buffer_size=config.shuffle_buffer_size if training else 10_000,
+        seed=config.seed,
+    )
+
+
+def prepare(config: FinetuneConfig) -> Job:
+    """Loads policy and data and checks that they fit.
+
+    Raises:
+        FlagError, CheckpointFolderError, DatasetError: what does not fit, and the flag that mends it.
+    """
+    config.check()
+    device = _device(config.device)
+    folder = vla_folder(config)
+    probe = RldsDataset(
+        data_root(config),
+        config.dataset_name,
+        num_images=config.num_images_in_input,
+        use_proprio=config.use_proprio,
+        config=dataset_config(config.dataset_name, config.dataset_config),
+        image_size=(32, 32),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)  # of a new action head and of LoRA
+        vla = _load(config, folder, probe.action_dim, probe.proprio_dim)
+        if vla.action_dim != probe.action_dim:
+            raise FlagError(
+                f"{config.dataset_name} has {probe.action_dim}-dimensional actions, the action head of {folder} "
+                f"{vla.action_dim}; another robot needs --new_action_head True"
+            )
+        if config.use_lora and not config.energy.freeze_backbone:
+            add_lora(vla, config.lora_rank, config.lora_dropout)
+    train = open_split(config, vla, "train", probe.statistics)
+    vla.requires_grad_(False) if config.energy.freeze_backbone else None
+    return Job(vla.to(device), train, probe.statistics, device)
+
+
+def _load(config: FinetuneConfig, folder: Path, action_dim: int, proprio_dim: int) -> LoadedVLA:
+    fresh = {"action_dim": action_dim, "proprio_dim": proprio_dim}
+    try:
+        return load_openvla(
+            folder,
+            num_images=config.num_images_in_input,
+            use_proprio=config.use_proprio,
+            horizon=config.horizon or None,
+            new_head=config.new_action_head,
+            **fresh,
+        )
+    except CheckpointFolderError as error:
+        if config.vla_path != EMBEDDED:
+            raise
+        raise CheckpointFolderError(f"the embedded checkpoint is not usable: {error}") from error
+
+
+def make_head(config: FinetuneConfig, vla: LoadedVLA) -> EnergyHead:
+    """The energy head, fp32; drawing its weights leaves the global random state alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        return EnergyHead(vla.context_dim, vla.action_dim, vla.horizon, config.energy)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise FlagError(f"--device {name}: {error}") from error

@@ -1,0 +1,159 @@
+"""The fine-tuning loop: L1 on the policy, energy objective on its detached context, checkpoints, resume."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vla_energy.backbones import VLAOutput
+from vla_energy.finetune import checkpoints
+from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.evaluate import evaluate
+from vla_energy.finetune.logs import MetricLog
+from vla_energy.finetune.setup import Batch, make_head, open_split, prepare
+from vla_energy.guard import GuardedOptimizer
+from vla_energy.objective import EnergyObjective
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One fine-tuning run; `run()` does it all.
+
+    Args:
+        config: the flags. The constructor loads everything and raises on anything that does not fit.
+    """
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self.config = config
+        self.job = prepare(config)
+        self.trains_policy = not config.energy.freeze_backbone
+        self.parameters = [p for p in self.job.vla.parameters() if p.requires_grad]
+        self.optimizer = (
+            torch.optim.AdamW(self.parameters, lr=config.learning_rate, fused=True) if self.trains_policy else None
+        )
+        self.head = self.guard = self.objective = None
+        self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives alone
+        if config.energy.enabled:
+            self.head = make_head(config, self.job.vla).to(self.job.device)
+            self.objective = EnergyObjective(self.head, config.energy)
+            self.guard = GuardedOptimizer.adamw(
+                self.head.parameters(), config.energy_learning_rate, config.energy.guard, config.energy_warm_steps
+            )
+        self.step = 0
+        torch.manual_seed(config.seed)
+        if config.resume:
+            checkpoints.resume(self)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics."""
+        config = self.config
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        results: dict[str, Any] = {}
+        accumulate = config.grad_accumulation_steps
+        batches = self.job.train.batches(config.batch_size, skip=self.step * accumulate)
+        bar = tqdm(total=config.max_steps, initial=self.step, disable=None, unit="step")
+        with MetricLog(config, self.step) as log, contextlib.closing(batches), bar:
+            while self.step < config.max_steps:
+                started = time.perf_counter()
+                metrics = self._train_step(batches)
+                self.step += 1
+                frames = config.batch_size * accumulate / (time.perf_counter() - started)
+                bar.update()
+                if self.step % config.wandb_log_freq == 0 or self.step == config.max_steps:
+                    row = {key: float(value) for key, value in metrics.items()}
+                    log.write(self.step, {**row, "frames_per_second": frames})
+                    shown = {key: f"{row[key]:.4f}" for key in ("train/l1", "energy/loss") if key in row}
+                    bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
+                if config.use_val_set and (self.step % config.val_freq == 0 or self.step == config.max_steps):
+                    results = self.validate()
+                    log.write(self.step, checkpoints.flatten(results, "val"))
+                if self.step % config.save_freq == 0 or self.step == config.max_steps:
+                    logger.info("saved %s", checkpoints.save(self))
+        return results
+
+    def validate(self) -> dict[str, Any]:
+        """Metrics on the held-out split; see `evaluate`."""
+        split = open_split(self.config, self.job.vla, "val", self.job.statistics)
+        return evaluate(self.job, split, self.head, self.config)
+
+    def _train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
+        """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
+        metrics: dict[str, Tensor | float] = {}
+        for _ in range(self.config.grad_accumulation_steps):
+            batch = self.job.to_batch(next(batches))
+            output = self._forward_policy(batch, metrics)
+            self._backward_energy(output, batch, metrics)
+        if self.optimizer is not None:
+            self._step_policy()
+        if self.guard is not None:
+            metrics.update(self.guard.step().metrics())
+        return metrics
+
+    def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput:
+        """Forward, and backward where the policy is trained; adds the L1 metrics."""
+        exits = "off" if self.head is None else "raw"
+        vla = self.job.vla.train(self.trains_policy)
+        with torch.set_grad_enabled(self.trains_policy), self.autocast():
+            output = vla(batch, exits)
+        errors = (output.actions.float() - batch["actions"]).abs()
+        loss = errors.mean()
+        if self.trains_policy:
+            (loss / self.config.grad_accumulation_steps).backward()
+        errors = errors.detach()
+        metrics["train/l1"] = loss.detach()
+        metrics["train/l1_current"] = errors[:, 0].mean()
+        metrics["train/l1_next"] = errors[:, 1:].mean() if errors.shape[1] > 1 else errors.mean()
+        return output
+
+    def _backward_energy(self, output: VLAOutput, batch: Batch, metrics: dict[str, Tensor | float]) -> None:
+        if self.objective is None:
+            return
+        assert output.layer_actions is not None
+        loss, energy = self.objective(
+            output.context.detach(),
+            output.context_mask,
+            batch["actions"],
+            output.layer_actions.detach().float(),
+            self.generator,
+            self.step,
+        )
+        (loss / self.config.grad_accumulation_steps).backward()
+        metrics.update(energy)
+
+    def _step_policy(self) -> None:
+        config, optimizer = self.config, self.optimizer
+        assert optimizer is not None
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * rate_factor(config, self.step)
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm, error_if_nonfinite=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def autocast(self) -> torch.autocast:
+        """bf16 where the flags say so; the head opts out by itself."""
+        return autocast(self.config, self.job.device)
+
+
+def rate_factor(config: FinetuneConfig, step: int) -> float:
+    """Factor of the policy's learning rate at a step: warm-up from a tenth, then the schedule (the host's, or cosine)."""
+    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
+    if config.lr_schedule == "cosine":
+        decay = 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / config.max_steps)))
+    else:
+        decay = 0.1 if step >= config.num_steps_before_decay else 1.0
+    return (0.1 + 0.9 * warm) * decay
+
+
+def autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
+    """The autocast context of a run."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
