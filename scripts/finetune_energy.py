@@ -1,6 +1,6 @@
 """Fine-tunes an OpenVLA(-OFT) checkpoint with an energy head. With no arguments: the tiny one that ships with us.
 
-    python scripts/finetune_energy.py --vla_path DIR --data_root_dir DIR --dataset_name libero_spatial_no_noops
+python scripts/finetune_energy.py --vla_path DIR --data_root_dir DIR --dataset_name libero_spatial_no_noops
 """
 
 import logging

@@ -41,7 +41,6 @@ def _close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=0, atol=TOLERANCE)
 
 
-
 @pytest.fixture
 def golden(request: pytest.FixtureRequest) -> dict[str, Any]:
     return torch.load(request.param, weights_only=True)

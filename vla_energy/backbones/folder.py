@@ -131,7 +131,10 @@ def save_openvla(
     """
     folder, source = Path(folder), Path(processor_files)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: value.to(dtype).contiguous() for key, value in _from_timm(merged_state_dict(vla.backbone, merge=merge)).items()}
+    state = {
+        key: value.to(dtype).contiguous()
+        for key, value in _from_timm(merged_state_dict(vla.backbone, merge=merge)).items()
+    }
     if not merge and hasattr(vla.backbone, "peft_config"):
         vla.backbone.save_pretrained(str(folder / "lora_adapter"))
     save_torch_state_dict(state, str(folder), max_shard_size="5GB")

@@ -234,6 +234,7 @@ def _end_in(prompts: Mapping[str, Any], token: int, pad_id: int) -> dict[str, Te
     ids = torch.cat([ids.masked_fill(~mask, pad_id), ids.new_full((len(ids), 1), pad_id)], dim=1)
     ids = ids.scatter(1, lengths, torch.where(lacking, token, pad_id))
     total = lengths + lacking
+    ids = ids[:, : int(total.max())]
     return {"input_ids": ids, "attention_mask": torch.arange(ids.shape[1], device=ids.device)[None] < total}
 
 

@@ -37,9 +37,7 @@ class Processor:
         CheckpointFolderError: the tokenizer's stop or empty token is not the checkpoint's.
     """
 
-    def __init__(
-        self, config: OpenVLAConfig, tokenizer: Tokenizer, means: Sequence[Any], stds: Sequence[Any]
-    ) -> None:
+    def __init__(self, config: OpenVLAConfig, tokenizer: Tokenizer, means: Sequence[Any], stds: Sequence[Any]) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.image_size = config.image_sizes[0]
@@ -128,8 +126,13 @@ class Processor:
             "attention_mask": attention_mask,
         }
         if actions is not None:
-            batch["actions"] = torch.tensor(actions, dtype=torch.float32)
+            batch["actions"] = _float_tensor(actions)
             batch.update(append_actions(batch, self.action_ids(batch["actions"]), STOP_ID, self.config.pad_token_id))
         if proprio is not None:
-            batch["proprio"] = torch.tensor(proprio, dtype=torch.float32)
+            batch["proprio"] = _float_tensor(proprio)
         return batch
+
+
+def _float_tensor(values: Tensor | np.ndarray) -> Tensor:
+    """A float32 copy; TensorFlow's arrays are read-only, which torch does not support."""
+    return values.float() if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vla_energy.backbones.config import CheckpointFolderError, OpenVLAConfig
 from vla_energy.backbones import timm_models
+from vla_energy.backbones.config import CheckpointFolderError, OpenVLAConfig
 
 
 class VisionBackbone(nn.Module):

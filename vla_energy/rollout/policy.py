@@ -108,7 +108,9 @@ class CheckpointPolicy:
         ]
         return torch.cat(rows)
 
-    def _batch(self, images: list[np.ndarray], proprios: list[np.ndarray], instructions: list[str]) -> dict[str, Tensor]:
+    def _batch(
+        self, images: list[np.ndarray], proprios: list[np.ndarray], instructions: list[str]
+    ) -> dict[str, Tensor]:
         frames = np.stack([center_crop(row) if self._crop else row for row in images])
         proprio = None
         if self._vla.proprio_projector is not None:

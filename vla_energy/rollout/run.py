@@ -158,7 +158,8 @@ class _Episode:
 
 def _order(settings: Settings) -> Iterator[tuple[str, int]]:
     """(arm, seed) in the order of execution: blocks of `workers` seeds with one arm, so that rows of a batch share
-    their arm, and arms in turn, so that a machine that slows down slows all arms."""
+    their arm, and arms in turn, so that a machine that slows down slows all arms.
+    """
     first = settings.seed + EVALUATION_SEED_OFFSET
     for block in range(first, first + settings.episodes, settings.workers):
         for arm in settings.arms:

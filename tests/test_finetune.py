@@ -1,0 +1,212 @@
+"""The main job on the bundled shard: off is off, resume is exact, checkpoints load, bad input is told early."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError
+from vla_energy.backbones import CheckpointFolderError, load_openvla
+from vla_energy.backbones.tiny import write_random_start
+from vla_energy.checkpoint import CheckpointError, load_head
+from vla_energy.config import EnergyConfig
+from vla_energy.data import DatasetError
+from vla_energy.finetune import checkpoints
+from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.trainer import Trainer, rate_factor
+from vla_energy.rollout.policy import load_policy
+
+
+def _config(folder: Path, runs: Path, **changes: Any) -> FinetuneConfig:
+    base = FinetuneConfig(
+        vla_path=str(folder),
+        run_root_dir=runs,
+        run_id_override="run",
+        use_proprio=True,
+        image_aug=False,
+        batch_size=4,
+        lora_rank=4,
+        max_steps=2,
+        wandb_log_freq=1,
+        shuffle_buffer_size=64,
+        precision="fp32",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def _policy_weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in trainer.job.vla.state_dict().items()}
+
+
+def _equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def _run(config: FinetuneConfig) -> Trainer:
+    trainer = Trainer(config)
+    trainer.run()
+    return trainer
+
+
+def test_off_means_off(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy's weights with the head on, and with it off, are bit for bit those of a loop that has no head at all."""
+    plain = Trainer(_config(tiny_folder, tmp_path / "plain", energy=EnergyConfig(enabled=False)))
+    batches = plain.job.train.batches(4)
+    torch.manual_seed(plain.config.seed)
+    before = _policy_weights(plain)
+    optimizer = torch.optim.AdamW([p for p in plain.job.vla.parameters() if p.requires_grad], lr=5e-4, fused=True)
+    for _ in range(2):
+        batch = plain.job.to_batch(next(batches))
+        out = plain.job.vla.train()(batch, "off")
+        (out.actions - batch["actions"]).abs().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = _policy_weights(plain)
+    assert any(not torch.equal(before[name], expected[name]) for name in before)
+    _equal(expected, _policy_weights(_run(_config(tiny_folder, tmp_path / "off", energy=EnergyConfig(enabled=False)))))
+    trained = _run(_config(tiny_folder, tmp_path / "on"))
+    _equal(expected, _policy_weights(trained))
+    assert trained.guard is not None and trained.guard.counters["steps"] == 2
+
+
+def test_two_steps_then_resume_equal_four(tiny_folder: Path, tmp_path: Path) -> None:
+    whole = _run(_config(tiny_folder, tmp_path / "whole", max_steps=4, lora_dropout=0.1))
+    _run(_config(tiny_folder, tmp_path / "parts", max_steps=2, lora_dropout=0.1))
+    parts = _run(_config(tiny_folder, tmp_path / "parts", max_steps=4, lora_dropout=0.1, resume=True))
+    _equal(_policy_weights(whole), _policy_weights(parts))
+    assert whole.head is not None and parts.head is not None
+    _equal(whole.head.state_dict(), parts.head.state_dict())
+    rows = [
+        [json.loads(row) for row in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    assert [row["step"] for row in rows[0]] == [1, 2, 3, 4]
+    for row in (*rows[0], *rows[1]):
+        row.pop("frames_per_second")
+    assert rows[0] == rows[1]
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, learning_rate=1e-3))
+    with pytest.raises(CheckpointError, match=r"no checkpoint at step 3.*\[2, 4\]"):
+        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, resume_step=3))
+
+
+def test_checkpoint_loads_as_a_policy_with_a_head(tiny_folder: Path, tmp_path: Path) -> None:
+    trainer = _run(_config(tiny_folder, tmp_path, use_val_set=True, val_freq=2))
+    folder = checkpoints.folder_of(trainer.config, 2)
+    raw = next(trainer.job.train.batches(3))
+    batch = trainer.job.to_batch(raw)
+    batch = {key: batch[key] for key in batch}
+    with torch.no_grad():
+        expected = trainer.job.vla.eval()(batch).actions
+    loaded = load_openvla(folder, use_proprio=True)
+    with torch.no_grad():
+        # Weights are saved merged and in bf16.
+        torch.testing.assert_close(loaded(batch).actions, expected, atol=0.1, rtol=0)
+    assert load_head(folder).step == 2
+    policy = load_policy(str(folder))
+    assert policy.arms == {"policy", "rerank"} and (policy.horizon, policy.action_dim) == (8, 4)
+    images, instruction = list(raw["images"]), list(raw["instructions"])
+    proprio = [np.zeros(4, np.float32)] * 3
+    decisions = policy.act(images, proprio, instruction, "rerank", [torch.Generator().manual_seed(i) for i in range(3)])
+    alone = policy.act(images[:1], proprio[:1], instruction[:1], "rerank", [torch.Generator().manual_seed(0)])
+    assert decisions[0].actions.values.shape == (8, 4)
+    np.testing.assert_allclose(decisions[0].actions.values, alone[0].actions.values, atol=1e-5)
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < rows[-1]["val/finetune/l1_val"] < 2
+    assert {"train/l1", "energy/loss", "energy/grad_norm"} <= rows[0].keys()
+
+
+def test_frozen_backbone_trains_the_head_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, energy=EnergyConfig(freeze_backbone=True))
+    trainer = Trainer(config)
+    assert trainer.head is not None
+    before, head = _policy_weights(trainer), {k: v.clone() for k, v in trainer.head.state_dict().items()}
+    trainer.run()
+    _equal(before, _policy_weights(trainer))
+    assert any(not torch.equal(head[name], value) for name, value in trainer.head.state_dict().items())
+
+
+def test_accumulated_micro_batches_are_one_step(tiny_folder: Path, tmp_path: Path) -> None:
+    trainer = _run(_config(tiny_folder, tmp_path, batch_size=2, grad_accumulation_steps=2))
+    assert trainer.guard is not None and trainer.guard.counters["steps"] == 2 and trainer.step == 2
+
+
+def test_rate_follows_the_host() -> None:
+    config = FinetuneConfig(lr_warmup_steps=10, num_steps_before_decay=100)
+    assert rate_factor(config, 0) == pytest.approx(0.19)
+    assert rate_factor(config, 9) == rate_factor(config, 99) == 1
+    assert rate_factor(config, 100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "text"),
+    [
+        ({"use_film": True}, FlagError, "use_film.*not built"),
+        ({"use_diffusion": True}, FlagError, "use_diffusion.*not built"),
+        ({"use_l1_regression": False}, FlagError, "not built"),
+        ({"precision": "fp8"}, FlagError, "bf16, fp32"),
+        ({"max_steps": 0}, FlagError, "max_steps"),
+        ({"horizon": -1}, FlagError, "horizon"),
+        ({"dataset_name": "metaworld_nothing"}, DatasetError, "metaworld_demo"),
+        ({"dataset_name": "unknown"}, DatasetError, "known"),
+        ({"data_root_dir": "nowhere"}, DatasetError, "nowhere"),
+        ({"vla_path": "nowhere"}, CheckpointFolderError, "nowhere"),
+        ({"num_images_in_input": 2}, DatasetError, "wrist"),
+        ({"resume": True}, CheckpointError, "resume"),
+        ({"resume_step": 3}, FlagError, "--resume True"),
+        ({"wandb_project": "p"}, FlagError, "pip install wandb"),
+    ],
+)
+def test_bad_flags_are_told_before_training(
+    tiny_folder: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        _run(_config(tiny_folder, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "text"),
+    [
+        ("model.safetensors", None, "model.safetensors not found"),
+        ("model.safetensors", b"torn", "model.safetensors is damaged"),
+        ("config.json", b"{", "config.json is not valid JSON"),
+        ("tokenizer.json", b"{}", "tokenizer.json"),
+        ("action_head--0_checkpoint.pt", b"torn", "action_head--0_checkpoint.pt is damaged"),
+        ("action_head--1_checkpoint.pt", b"", "exactly one"),
+        ("dataset_statistics.json", b"[]", "dataset_statistics.json"),
+    ],
+)
+def test_damaged_checkpoints_are_named(
+    tiny_folder: Path, tmp_path: Path, file: str, content: bytes | None, text: str
+) -> None:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in tiny_folder.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(content)
+    with pytest.raises((CheckpointFolderError, StatisticsError), match=text):
+        load_openvla(folder, use_proprio=True)
+
+
+def test_another_robot_needs_a_new_head(tmp_path: Path) -> None:
+    """A checkpoint for 5-dimensional actions on a dataset with 4."""
+    five = FieldStatistics.of(np.random.default_rng(0).normal(size=(100, 5)))
+    folder = write_random_start(
+        tmp_path / "five", ["reach"], {"other": DatasetStatistics(five, None, 100, 1)}, horizon=8, seed=0
+    )
+    with pytest.raises(FlagError, match="--new_action_head True"):
+        Trainer(_config(folder, tmp_path))
+    vla = Trainer(_config(folder, tmp_path, new_action_head=True)).job.vla
+    assert vla.action_dim == 4 and vla.proprio_projector is not None
