@@ -4,7 +4,8 @@
 
 Needs the dataset first (about 10 minutes on two cores):
 
-    python -m vla_energy.data.metaworld --name metaworld_seen25 --tasks "$(python scripts/pretrain_tiny.py --list_tasks)" \
+    python -m vla_energy.data.metaworld --name metaworld_seen25 \
+        --tasks "$(python scripts/pretrain_tiny.py --list_tasks True)" \
         --episodes 40 --val-episodes 2 --noise-share 0.5 --out DATA
 
 It is the fine-tuning job with every weight trained, so what it shows of the loop holds for fine-tuning too.
@@ -22,7 +23,33 @@ from vla_energy.data import RldsDataset
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.trainer import Trainer
 
-SEEN_TASKS = ["reach", "push", "pick-place", "door-open", "door-lock", "door-unlock", "drawer-close", "button-press", "button-press-wall", "button-press-topdown-wall", "coffee-button", "faucet-open", "faucet-close", "window-open", "handle-press", "handle-pull", "lever-pull", "plate-slide", "plate-slide-back", "plate-slide-back-side", "dial-turn", "peg-unplug-side", "sweep-into", "soccer", "hammer"]
+SEEN_TASKS = [
+    "reach",
+    "push",
+    "pick-place",
+    "door-open",
+    "door-lock",
+    "door-unlock",
+    "drawer-close",
+    "button-press",
+    "button-press-wall",
+    "button-press-topdown-wall",
+    "coffee-button",
+    "faucet-open",
+    "faucet-close",
+    "window-open",
+    "handle-press",
+    "handle-pull",
+    "lever-pull",
+    "plate-slide",
+    "plate-slide-back",
+    "plate-slide-back-side",
+    "dial-turn",
+    "peg-unplug-side",
+    "sweep-into",
+    "soccer",
+    "hammer",
+]
 """The tasks the shipped weights have seen; the other 25 are new to them."""
 
 HORIZON = 8

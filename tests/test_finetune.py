@@ -58,7 +58,7 @@ def _run(config: FinetuneConfig) -> Trainer:
 
 
 def test_off_means_off(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The policy's weights with the head on, and with it off, are bit for bit those of a loop that has no head at all."""
+    """The policy's weights with the head on, and with it off, are bit for bit those of a loop without any head."""
     plain = Trainer(_config(tiny_folder, tmp_path / "plain", energy=EnergyConfig(enabled=False)))
     batches = plain.job.train.batches(4)
     torch.manual_seed(plain.config.seed)

@@ -40,7 +40,7 @@ class FakePolicy:
         self.batches.append(len(images))
         assert all(image.shape == (1, 4, 4, 3) for image in images)
         decisions = []
-        for proprio, generator in zip(proprios, generators):
+        for proprio, generator in zip(proprios, generators, strict=True):
             noise = torch.rand(6, 1, generator=generator, dtype=torch.float64).numpy()
             turned = proprio[0] < 0 or (proprio[0] == 0 and noise[0, 0] > 0.5)
             sign = -1.0 if arm != "rerank" and turned else 1.0

@@ -1,4 +1,4 @@
-"""Proposals for the reranker: the policy's chunk, chunks decoded from inner layers, and smooth noise on the policy's chunk.
+"""Proposals for the reranker: the policy's chunk, chunks from inner layers, and smooth noise on the policy's chunk.
 
 All in normalised units. The policy's own chunk is candidate 0, bit for bit.
 """

@@ -1,7 +1,7 @@
 """Files that survive: atomic writes, and the energy head as one safetensors file that proves itself on loading.
 
-The head's file carries its config, dimensions, dataset statistics and step in the header, and a SHA-256 over these and the
-weights. Nothing is unpickled.
+The head's file carries its config, dimensions, dataset statistics and step in the header, and a SHA-256 over these and
+the weights. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def atomic_write(path: str | Path, write_fn: Callable[[BinaryIO], Any]) -> Path:
         CheckpointError: the system refused (disk full, no permission); what was at `path` is untouched.
     """
     path = Path(path)
-    # Hosts find components by a substring of the file name, so a temporary that outlives a kill must not carry the name.
+    # Hosts find components by a substring of the file name: a temporary that outlives a kill must not carry the name.
     temporary = path.parent / f".partial-{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -232,9 +232,9 @@ class LossConfig:
     """Weights of the losses; 0 turns one off.
 
     The defaults are small because graded energies are steep (1 / distance_scale): with weights of 1 the gradient norm
-    sits near 20, above `guard.skip_grad_norm`; Adam's step does not depend on the factor. InfoNCE is the smaller one: with
-    equal weights the head learns "expert or not" and ranks chunks around the policy less well (Spearman 0.73 against
-    0.82 after 1,000 steps on synthetic contexts, one seed).
+    sits near 20, above `guard.skip_grad_norm`; Adam's step does not depend on the factor. InfoNCE is the smaller one:
+    with equal weights the head learns "expert or not" and ranks chunks around the policy less well (Spearman 0.73
+    against 0.82 after 1,000 steps on synthetic contexts, one seed).
 
     Attributes:
         info_nce: one-hot softmax of the expert against the negatives.

@@ -83,6 +83,7 @@ class Memory(nn.Module):
         self.key_value = nn.Linear(hidden, 2 * hidden)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """`(keys, values)` of `features`."""
         keys, values = self.key_value(features).chunk(2, -1)
         return _split(keys, self.heads), _split(values, self.heads)
 
@@ -109,6 +110,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        """New `x (B,N,H,hidden)`; `keys` and `values` are a `Memory`'s, `bias (B,1,1,S)` shuts out masked tokens."""
         tokens = self.norm_read(x)
         queries = self.query(tokens.flatten(1, 2) if self.per_step else tokens.mean(2))
         found = attend(_split(queries, self.heads), keys, values, bias).transpose(1, 2).flatten(2)

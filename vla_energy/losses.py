@@ -2,8 +2,8 @@
 
 Every function takes `valid (B,N)` bool (None: all valid) and `weight (B,N)` or `(N,)` (None: ones) where it applies.
 A negative that is not valid takes no part, in value or in gradient. A row without a valid negative contributes
-nothing, never NaN, and the mean is taken over the other rows; `count_no_negatives` counts such rows. With a batch of one
-and in-batch negatives alone, the report's F2 ("NaN") began exactly there.
+nothing, never NaN, and the mean is taken over the other rows; `count_no_negatives` counts such rows. With a batch of
+one and in-batch negatives alone, the report's F2 ("NaN") began exactly there.
 
 All row-wise losses ignore a constant added to a row: an offset that depends on the context alone is free to drift.
 `anchor` holds it.

@@ -36,9 +36,9 @@ class RankingReport:
 
     Attributes:
         metrics: `energy`: `win_rate` per kind of negative, `spearman` over the candidates, `nonfinite` share of
-            candidates' energies; `rerank`: `l1_policy`, `l1_reranked` (ungated), `l1_gated`, `l1_oracle`, and `kept`, the
-            share of frames on which the gate keeps the policy's chunk; `frames`. A kind that the data do not offer (no
-            inner layer, one frame a batch) is left out.
+            candidates' energies; `rerank`: `l1_policy`, `l1_reranked` (ungated), `l1_gated`, `l1_oracle`, and `kept`,
+            the share of frames on which the gate keeps the policy's chunk; `frames`. A kind that the data do not offer
+            (no inner layer, one frame a batch) is left out.
         energies: `(M,N)` of the candidates, on the CPU; inf where not finite.
         distances: `(M,N)` to the expert; with `energies` what `calibrate_margin` takes.
         sources: N names of the candidates' columns.

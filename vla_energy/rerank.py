@@ -1,7 +1,7 @@
 """Choose among candidates by energy, behind a gate that falls back to the policy's own chunk bit for bit.
 
-`rerank` takes any `energy_fn: (B,N,H,A) -> (B,N)`; `Reranker` is it with a trained head. `calibrate_margin` sets the gate
-from held-out data.
+`rerank` takes any `energy_fn: (B,N,H,A) -> (B,N)`; `Reranker` is it with a trained head. `calibrate_margin` sets the
+gate from held-out data.
 """
 
 from __future__ import annotations
@@ -37,11 +37,17 @@ class ScoringHead(Protocol):
     horizon: int
     training: bool
 
-    def encode(self, context: Tensor, context_mask: Tensor, /) -> Any: ...
+    def encode(self, context: Tensor, context_mask: Tensor, /) -> Any:
+        """Reads `context (B,S,D)` with `context_mask (B,S)`; the result goes to `__call__`."""
+        ...
 
-    def __call__(self, encoded: Any, actions: Tensor, /) -> Tensor: ...
+    def __call__(self, encoded: Any, actions: Tensor, /) -> Tensor:
+        """Energies `(B,N)` of normalised `actions (B,N,H,A)`."""
+        ...
 
-    def train(self, mode: bool = True) -> Any: ...
+    def train(self, mode: bool = True) -> Any:
+        """Sets training (True) or eval mode, as `nn.Module.train`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,8 @@ def scoring(head: ScoringHead) -> Iterator[None]:
 def choose(energies: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """The gate: `(index, accepted)`, both `(B,)`, for energies `(B,N)` without NaN.
 
-    The lowest energy is accepted where `E_policy - E_lowest > margin`, else the index is 0. Where the policy's energy is
-    inf any finite one is accepted; margin inf accepts nothing.
+    The lowest energy is accepted where `E_policy - E_lowest > margin`, else the index is 0. Where the policy's energy
+    is inf any finite one is accepted; margin inf accepts nothing.
     """
     lowest, index = energies.min(1)
     accepted = energies[:, 0] - lowest > margin  # inf - inf is NaN: not accepted
@@ -204,7 +210,8 @@ class Reranker:
             if not equal.all():
                 raise CompatibilityError(
                     f"the head was trained with other action statistics: {name} differs at dimension "
-                    f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, or train the head again"
+                    f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, "
+                    "or train the head again"
                 )
 
     def _check_dims(self, horizon: int, action_dim: int, context_dim: int) -> None:
@@ -231,8 +238,8 @@ def calibrate_margin(energies: Tensor, distances: Tensor, risk: float = 0.1, con
 
     Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021, arXiv:2110.01052) with exact binomial p-values
     (Clopper and Pearson, 1934) and Bonferroni's correction over a grid fixed before outcomes are looked at: accept the
-    k rows of largest gain, for 16 values of k. Given the (k+1)-th largest gain, the k above it are independent draws from
-    the rows the gate would accept, so the number of worse ones is binomial.
+    k rows of largest gain, for 16 values of k. Given the (k+1)-th largest gain, the k above it are independent draws
+    from the rows the gate would accept, so the number of worse ones is binomial.
 
     Args:
         energies: `(M,N)` of held-out candidates, index 0 the policy's; NaN counts as inf.

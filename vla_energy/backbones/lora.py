@@ -45,7 +45,7 @@ def merged_state_dict(backbone: nn.Module, *, merge: bool = True) -> dict[str, T
     Nothing is changed in place: merging and unmerging would move the training weights by rounding.
     """
     deltas = {
-        name: module.get_delta_weight(module.active_adapters[0])
+        name: module.get_delta_weight(module.active_adapters[0])  # pyright: ignore[reportAttributeAccessIssue]
         for name, module in backbone.named_modules()
         if merge and isinstance(module, LoraLayer) and module.active_adapters
     }

@@ -52,7 +52,7 @@ class OpenVLABackbone(nn.Module):
     def __init__(self, config: OpenVLAConfig) -> None:
         super().__init__()
         self.vision_backbone = VisionBackbone(config)
-        llama = LlamaConfig(**config.text, attn_implementation="sdpa")
+        llama = LlamaConfig(**config.text, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
         self.projector = Projector(
             self.vision_backbone.embed_dim, llama.hidden_size, fused=self.vision_backbone.fused_featurizer is not None
         )
@@ -217,10 +217,9 @@ class OpenVLA(nn.Module):
         if missing:
             raise ValueError(f"batch lacks {', '.join(missing)}")
         channels = batch["pixel_values"].shape[1]
-        if channels != self.channels * self.num_images:
-            raise ValueError(
-                f"pixel_values has {channels} channels; {self.num_images} image(s) need {self.channels * self.num_images}"
-            )
+        needed = self.channels * self.num_images
+        if channels != needed:
+            raise ValueError(f"pixel_values has {channels} channels; {self.num_images} image(s) need {needed}")
         mask = batch["attention_mask"].bool()
         if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("attention_mask must be True up to each row's end: pad on the right")

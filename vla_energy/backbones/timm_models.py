@@ -38,7 +38,7 @@ def create(name: str, image_size: tuple[int, int], act_layer: str | None = None)
     Raises:
         ValueError: timm does not know the name.
     """
-    act = {} if act_layer is None else {"act_layer": get_act_layer(act_layer)}
+    act: dict[str, Any] = {} if act_layer is None else {"act_layer": get_act_layer(act_layer)}
     if name in OWN_MODELS:
         return VisionTransformer(img_size=image_size, num_classes=0, **OWN_MODELS[name], **act)
     if not timm.is_model(name):

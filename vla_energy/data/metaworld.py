@@ -181,7 +181,11 @@ def build(
 
     tfds = tensorflow_quiet.tfds()
 
-    class MetaWorldDemonstrations(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    # The keyword belongs to tfds' `__init_subclass__`, which pyright cannot see: the module comes as Any.
+    class MetaWorldDemonstrations(  # pyright: ignore[reportGeneralTypeIssues]
+        tfds.core.GeneratorBasedBuilder,
+        skip_registration=True,  # pyright: ignore[reportCallIssue]
+    ):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self) -> Any:
@@ -203,6 +207,7 @@ def build(
 
 
 def main() -> None:
+    """Runs `build` with the command line's flags and prints the dataset's folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", required=True)
     parser.add_argument("--tasks", required=True, help="comma-separated Meta-World task names")

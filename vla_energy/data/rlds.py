@@ -6,7 +6,7 @@ buffer and are decoded after it; skipping batches, as a resumed training does, d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class RldsDataset:
 
     def batches(
         self, batch_size: int, *, repeat: bool = True, drop_last: bool = True, skip: int = 0
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches in an order that depends on the seed alone.
 
         Args:
@@ -152,7 +152,7 @@ class RldsDataset:
             raise DatasetError(f"batch_size={batch_size}, skip={skip}: expected batch_size >= 1 and skip >= 0")
         return self._iterate(batch_size, repeat, drop_last, skip)
 
-    def _iterate(self, batch_size: int, repeat: bool, drop_last: bool, skip: int) -> Iterator[Batch]:
+    def _iterate(self, batch_size: int, repeat: bool, drop_last: bool, skip: int) -> Generator[Batch, None, None]:
         tf = self._tf
         start = skip * batch_size
         epoch, offset = divmod(start, self.num_frames) if repeat else (0, start)

@@ -112,15 +112,15 @@ def prepare(config: FinetuneConfig) -> Job:
 
 
 def _load(config: FinetuneConfig, folder: Path, action_dim: int, proprio_dim: int) -> LoadedVLA:
-    fresh = {"action_dim": action_dim, "proprio_dim": proprio_dim}
     try:
         return load_openvla(
             folder,
             num_images=config.num_images_in_input,
             use_proprio=config.use_proprio,
             horizon=config.horizon or None,
+            action_dim=action_dim,
+            proprio_dim=proprio_dim,
             new_head=config.new_action_head,
-            **fresh,
         )
     except CheckpointFolderError as error:
         if config.vla_path != EMBEDDED:

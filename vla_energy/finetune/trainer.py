@@ -71,7 +71,8 @@ class Trainer:
                 if self.step % config.wandb_log_freq == 0 or self.step == config.max_steps:
                     row = {key: float(value) for key, value in metrics.items()}
                     log.write(self.step, {**row, "frames_per_second": frames})
-                    shown = {key: f"{row[key]:.4f}" for key in ("train/l1", "energy/loss") if key in row}
+                    keys = ("train/l1", "energy/loss")
+                    shown: dict[str, Any] = {key: f"{row[key]:.4f}" for key in keys if key in row}
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
                 if config.use_val_set and (self.step % config.val_freq == 0 or self.step == config.max_steps):
                     results = self.validate()
@@ -145,7 +146,7 @@ class Trainer:
 
 
 def rate_factor(config: FinetuneConfig, step: int) -> float:
-    """Factor of the policy's learning rate at a step: warm-up from a tenth, then the schedule (the host's, or cosine)."""
+    """Factor of the policy's learning rate at a step: warm-up from a tenth, then the host's schedule or a cosine."""
     warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
     if config.lr_schedule == "cosine":
         decay = 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / config.max_steps)))

@@ -157,8 +157,10 @@ class _Episode:
 
 
 def _order(settings: Settings) -> Iterator[tuple[str, int]]:
-    """(arm, seed) in the order of execution: blocks of `workers` seeds with one arm, so that rows of a batch share
-    their arm, and arms in turn, so that a machine that slows down slows all arms.
+    """(arm, seed) in the order of execution.
+
+    Blocks of `workers` seeds with one arm, so that rows of a batch share their arm, and arms in turn, so that a
+    machine that slows down slows all arms.
     """
     first = settings.seed + EVALUATION_SEED_OFFSET
     for block in range(first, first + settings.episodes, settings.workers):
@@ -226,7 +228,7 @@ def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:
     if len(decisions) != len(batch):
         raise ValueError(f"arm {arm}: the policy gave {len(decisions)} decisions for {len(batch)} observations")
     shape = (policy.horizon, policy.action_dim)
-    for episode, decision in zip(batch, decisions):
+    for episode, decision in zip(batch, decisions, strict=True):
         where = f"arm {arm}, task {episode.simulator.task}, seed {episode.seed}, step {episode.steps}"
         if not isinstance(decision.actions, RawActions) or decision.actions.values.shape != shape:
             raise ValueError(f"{where}: the policy must answer with RawActions of shape {shape}")

@@ -58,7 +58,8 @@ class SimulatorProcess:
         self.task = task
         self._timeout = timeout
         self._request = ""
-        self._output = tempfile.TemporaryFile()  # what the simulator prints: kept off stdout, quoted if it dies
+        # What the simulator prints: kept off stdout, quoted if it dies; `close` closes it.
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._pipe, theirs = multiprocessing.Pipe()
         arguments = [json.dumps([path or os.getcwd() for path in sys.path]), str(theirs.fileno()), task]
         with theirs:
@@ -145,10 +146,7 @@ class SimulatorProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_CLOSE_SECONDS)
         code = self._process.returncode
-        if code is not None and code < 0:
-            how = f"killed by {signal.Signals(-code).name}"
-        else:
-            how = f"exit code {code}"
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
         self._output.seek(0)
         lines = self._output.read().decode(errors="replace").strip().splitlines()[-_OUTPUT_LINES:]
         output = "; its last output: " + " | ".join(lines) if lines else ""

@@ -70,7 +70,7 @@ def _compare(strata: list[list[dict[str, Any]]], arms: list[str]) -> dict[str, A
     differences = {
         arm: {
             "baseline": arms[0],
-            **dataclasses.asdict(paired_difference(list(zip(success[arm], success[arms[0]])))),
+            **dataclasses.asdict(paired_difference(list(zip(success[arm], success[arms[0]], strict=True)))),
         }
         for arm in arms[1:]
     }

@@ -1,0 +1,86 @@
+"""What users install and paste: light imports, no moved pins, configs and README that work."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import draccus
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from vla_energy.config import PRESETS, EnergyConfig
+from vla_energy.finetune.config import FinetuneConfig
+
+ROOT = Path(__file__).parents[1]
+HOST = {"torch": "2.2.0", "draccus": "0.8.0", "numpy": "1.26.4", "tqdm": "4.66.0", "safetensors": "0.4.3"}
+"""Versions in an openvla-oft environment; installing vla-energy must leave them where they are."""
+RATES = {"original": (5e-4, 0), "stage1": (5e-4, 0), "stage2": (5e-5, 10_000), "stage3": (5e-5, 10_000)}
+"""Learning rate and warm-up of the head by stage (report, remedy 6)."""
+
+
+def _array(name: str) -> list[str]:
+    text = (ROOT / "pyproject.toml").read_text()
+    block = re.search(rf"^{name} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return re.findall(r'"((?:[^"\\]|\\.)*)"', block[1])
+
+
+def test_base_dependencies_move_no_pin_of_the_host() -> None:
+    requirements = [Requirement(text) for text in _array("dependencies")]
+    assert {requirement.name for requirement in requirements} == set(HOST)
+    for requirement in requirements:
+        assert requirement.specifier.contains(HOST[requirement.name]), requirement
+
+
+def test_constraints_satisfy_the_extras() -> None:
+    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
+    pins = dict(line.split("==") for line in lines if line)
+    for group in ("dependencies", "native", "data", "sim", "dev"):
+        for requirement in map(Requirement, _array(group)):
+            name = canonicalize_name(requirement.name)
+            if name in pins:
+                assert requirement.specifier.contains(pins[name]), requirement
+            else:
+                assert requirement.name == "tensorflow", f"{requirement} has no pin"  # not on Linux x86-64
+
+
+def test_import_is_light() -> None:
+    heavy = {"tensorflow", "transformers", "tokenizers", "timm", "peft", "matplotlib", "mujoco"}
+    code = f"import sys, vla_energy; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("stage", PRESETS)
+def test_stage_files_are_the_presets(stage: str) -> None:
+    config = draccus.parse(FinetuneConfig, config_path=ROOT / "configs" / f"{stage}.yaml", args=[])
+    assert config.energy == EnergyConfig.preset(stage)
+    rate, warm_steps = RATES.get(stage, (5e-4, 0))
+    assert (config.energy_learning_rate, config.energy_warm_steps) == (pytest.approx(rate), warm_steps)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_config_files_parse_and_pass_the_checks(path: Path) -> None:
+    draccus.parse(FinetuneConfig, config_path=path, args=[]).check()
+
+
+def test_readme_python_runs() -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_readme_flags_exist() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^python scripts/finetune_energy\.py((?:.*\\\n)*.*)$", text, re.MULTILINE)
+    assert commands
+    flags = {flag for command in commands for flag in re.findall(r"--([\w.]+)", command)}
+    known = set(vars(FinetuneConfig())) | {"config_path"}
+    assert {flag.split(".")[0] for flag in flags} <= known
+    for name in re.findall(r"configs/[\w.]+\.yaml", text):
+        assert (ROOT / name).is_file(), name
