@@ -12,10 +12,11 @@ setup: $(STAMP) gl
 # constraints.txt holds versions that need Python 3.11; an older one gets what pip finds.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make setup PYTHON=python3.11"; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	pins=$$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
+	@echo "installing into $(VENV); the first time takes a few minutes"
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@pins=$$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet $$pins -e '.[native,data,sim,dev]'
-	touch $@
+	@touch $@
 
 # Rollouts draw through OSMesa. Without it everything else works, so a failure here only tells how to get it.
 gl: $(STAMP)

@@ -120,7 +120,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 class _Clock:
-    """Seconds by phase; tells each phase on stderr."""
+    """Seconds by phase, from here on (starting Python and its imports come before); tells each phase on stderr."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

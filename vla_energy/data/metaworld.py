@@ -5,7 +5,8 @@
 
 writes `DIR/metaworld_mine/1.0.0/` with splits `train` and `val`. In a noisy episode the executed
 action is the expert's plus a disturbance held for a few steps, while the *recorded* action stays the
-expert's answer to the state it was pushed into (DART, Laskey et al. 2017): recoveries, not mistakes.
+expert's answer to the state it was pushed into (DART, Laskey et al. 2017): recoveries, not mistakes. Only `train`
+has noisy episodes.
 Episodes that the expert fails are dropped and replaced by the next seed.
 """
 
@@ -167,7 +168,8 @@ def build(
         tasks: Meta-World task names.
         episodes, val_episodes: successful episodes a task in `train` and in `val`.
         seed: first seed of `train`; `val` starts `VAL_SEED_OFFSET` later.
-        noise_share: share of disturbed episodes.
+        noise_share: share of disturbed episodes in `train`; `val` has none, as a chunk that answers disturbances
+            to come cannot be foreseen and would hide how well a policy does.
         workers: simulator processes at a time.
 
     Raises:
@@ -192,13 +194,15 @@ def build(
             return tfds.core.DatasetInfo(builder=self, features=_features(tfds), description=f"Tasks: {tasks}")
 
         def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            splits = {"train": self._generate_examples(episodes, seed)}
+            splits = {"train": self._generate_examples(episodes, seed, noise_share)}
             if val_episodes:
-                splits["val"] = self._generate_examples(val_episodes, seed + VAL_SEED_OFFSET)
+                splits["val"] = self._generate_examples(val_episodes, seed + VAL_SEED_OFFSET, 0.0)
             return splits
 
-        def _generate_examples(self, count: int, first_seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
-            return _record_all([Recording(task, count, first_seed, noise_share) for task in tasks], workers)
+        def _generate_examples(
+            self, count: int, first_seed: int, share: float
+        ) -> Iterator[tuple[str, dict[str, Any]]]:
+            return _record_all([Recording(task, count, first_seed, share) for task in tasks], workers)
 
     MetaWorldDemonstrations.name = name
     builder = MetaWorldDemonstrations(data_dir=out)
