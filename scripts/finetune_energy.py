@@ -4,24 +4,30 @@ python scripts/finetune_energy.py --vla_path DIR --data_root_dir DIR --dataset_n
 """
 
 import logging
+import os
 import sys
 
 import draccus
 
-from vla_energy.checkpoint import CheckpointError
 from vla_energy.finetune.config import FinetuneConfig
-from vla_energy.finetune.trainer import Trainer
 
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    config = draccus.parse(FinetuneConfig)
+    logging.getLogger("absl").setLevel(logging.WARNING)
     try:
+        config = draccus.parse(FinetuneConfig)
+        config.check()
+        from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
+
         Trainer(config).run()
-    except (ValueError, CheckpointError, ImportError) as error:
-        if "VLA_ENERGY_TRACEBACK" in __import__("os").environ:
+    except (ValueError, OSError, ImportError, draccus.ParsingError) as error:
+        if os.environ.get("VLA_ENERGY_TRACEBACK"):
             raise
-        sys.exit(f"error: {error}")
+        # draccus says where, the cause says why: our own messages name the values that are known.
+        why = f" ({error.__cause__})" if isinstance(error, draccus.ParsingError) and error.__cause__ else ""
+        sys.exit(f"error: {error}{why}\nVLA_ENERGY_TRACEBACK=1 shows where it was raised")
+
 
 
 if __name__ == "__main__":

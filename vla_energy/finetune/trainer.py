@@ -64,7 +64,7 @@ class Trainer:
         with MetricLog(config, self.step) as log, contextlib.closing(batches), bar:
             while self.step < config.max_steps:
                 started = time.perf_counter()
-                metrics = self._train_step(batches)
+                metrics = self.train_step(batches)
                 self.step += 1
                 frames = config.batch_size * accumulate / (time.perf_counter() - started)
                 bar.update()
@@ -86,7 +86,7 @@ class Trainer:
         split = open_split(self.config, self.job.vla, "val", self.job.statistics)
         return evaluate(self.job, split, self.head, self.config)
 
-    def _train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
+    def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
         """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
         metrics: dict[str, Tensor | float] = {}
         for _ in range(self.config.grad_accumulation_steps):
