@@ -29,6 +29,5 @@ def main() -> None:
         sys.exit(f"error: {error}{why}\nVLA_ENERGY_TRACEBACK=1 shows where it was raised")
 
 
-
 if __name__ == "__main__":
     main()

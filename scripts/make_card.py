@@ -25,24 +25,24 @@ matplotlib.rcParams["svg.hashsalt"] = "card"  # the same run gives the same file
 
 TEXT = """# Tiny OpenVLA
 
-{parameters:.2f} million parameters, bf16, in the folder format of OpenVLA-OFT: two timm vision towers, projector, Llama with
-bidirectional attention, parallel decoding of 8 actions, proprioception, L1 action head. Made to run the whole job on two
-CPU cores; it is no general robot policy.
+{parameters:.2f} million parameters, bf16, in the folder format of OpenVLA-OFT: two timm vision towers, projector,
+Llama with bidirectional attention, parallel decoding of 8 actions, proprioception, L1 action head. Made to run
+the whole job on two CPU cores; it is no general robot policy.
 
-- **Data**: {frames} frames, 40 demonstrations of each of the 25 tasks below by Meta-World's own scripted experts, half of
-  them disturbed (see `vla_energy/data/metaworld.py`); recorded with seeds from 0 (train) and 5000 (val).
-- **Training**: `python scripts/pretrain_tiny.py --max_steps {steps}`: from random weights, seed {seed}, batch {batch},
-  AdamW at {rate} with 200 steps of warm-up and a cosine, gradient norm clipped at 1, fp32, one CPU thread
-  ({minutes:.0f} minutes at the median step time).
-- **Held-out L1** (normalised units): {l1:.4f}.
-- **Unseen tasks**: the other 25 of Meta-World's 50. Nothing was tuned on them.
+- **Data**: {frames} frames, 40 demonstrations of each of the 25 tasks below by Meta-World's own scripted experts,
+  half of them disturbed (see `vla_energy/data/metaworld.py`); recorded with seeds from 0 (train) and 5000 (val).
+- **Training**: `python scripts/pretrain_tiny.py --max_steps {steps}`: from random weights, seed {seed}, batch
+  {batch}, AdamW at {rate} with 200 steps of warm-up and a cosine, gradient norm clipped at 1, fp32, one CPU
+  thread ({minutes:.0f} minutes at the median step time).
+- **Held-out L1** (normalised units, held-out episodes disturbed like those of training): {l1:.4f}.
+- **Unseen tasks**: the other 25 of Meta-World's 50.
 
 ![curves](curves.svg)
 
 ## Closed loop
 
-Seeds 1,000,000 and up (never recorded), {episodes} episodes a task, a new chunk every {replan} steps, at most {limit} steps.
-Overall {overall:.0f} percent.
+Seeds 1,000,000 and up (never recorded), {episodes} episodes a task, a new chunk every {replan} steps, at most
+{limit} steps. Overall {overall:.0f} percent.
 
 | task | success | 95 percent interval |
 |---|---|---|

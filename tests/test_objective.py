@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vla_energy.config import PRESETS, EnergyConfig, HeadConfig
+from vla_energy.config import PRESETS, EnergyConfig, HeadConfig, LossConfig
 from vla_energy.head import EnergyHead
 from vla_energy.objective import EnergyObjective
 
@@ -50,6 +50,19 @@ def test_a_short_training_ranks_held_out_experts_first() -> None:
     assert metrics["energy/win_rate/layer_exits"] > 0.9
     assert metrics["energy/spearman"] > 0.8
     assert metrics["energy/spearman/policy_noise"] > 0.3
+    assert metrics["energy/centre_l1"] < 0.2  # 0.5 at the start
+
+
+def test_the_centre_is_trained_by_its_own_loss_alone() -> None:
+    """Its weight adds `weight * L1(centre, expert)` and nothing else."""
+    losses = {}
+    for weight in (0.0, 1.0, 2.0):
+        _, objective = make(EnergyConfig(loss=LossConfig(centre=weight)))
+        loss, metrics = objective(*batch(4, generator()), generator())
+        losses[weight] = float(loss.detach())
+    error = float(metrics["energy/centre_l1"])
+    assert losses[1.0] == pytest.approx(losses[0.0] + error, rel=1e-5)
+    assert losses[2.0] == pytest.approx(losses[0.0] + 2 * error, rel=1e-5)
 
 
 def test_gradients_reach_the_head_and_nothing_else() -> None:
@@ -73,7 +86,7 @@ def test_the_head_is_called_once_a_step_with_the_expert_first() -> None:
             calls.append(actions)
             return actions.mean((-2, -1))
 
-    objective = EnergyObjective(Spy(), EnergyConfig())
+    objective = EnergyObjective(Spy(), EnergyConfig(loss=LossConfig(centre=0.0)))
     context, mask, expert, layer_actions = batch(3, generator())
     objective(context, mask, expert, layer_actions, generator())
     assert len(calls) == 1
@@ -100,7 +113,7 @@ def test_a_perfect_energy_has_perfect_metrics() -> None:
     def energy(_, actions):
         return (actions - expert[:, None]).abs().mean((-2, -1)) / 0.03
 
-    objective = EnergyObjective(energy, EnergyConfig())  # type: ignore[arg-type]
+    objective = EnergyObjective(energy, EnergyConfig(loss=LossConfig(centre=0.0)))  # type: ignore[arg-type]
     _, metrics = objective(context, mask, expert, layer_actions, generator())
     assert metrics["energy/top1"] == 1
     assert metrics["energy/win_rate/policy_noise"] == 1

@@ -240,17 +240,20 @@ class LossConfig:
         info_nce: one-hot softmax of the expert against the negatives.
         listwise: cross-entropy to `softmax(-distance / distance_scale)` over expert and negatives.
         margin: `relu(E_expert - E_negative + margin_width)`.
+        centre: L1 of the head's centre (the point from which it measures deviations) to the expert's chunk. Row-wise
+            losses alone leave the centre far from the expert, where deviations say little.
         distance_scale: mean absolute distance (normalised units) that lowers a chunk's target by a factor e.
     """
 
     info_nce: float = 0.01
     listwise: float = 0.1
     margin: float = 0.0
+    centre: float = 1.0
     distance_scale: float = 0.03
     margin_width: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("info_nce", "listwise", "margin"):
+        for name in ("info_nce", "listwise", "margin", "centre"):
             _not_negative(f"loss.{name}", getattr(self, name))
         weights = (self.info_nce, self.listwise, self.margin)
         _require(any(weights), "loss.info_nce, listwise, margin", weights, "at least one weight above 0")
@@ -413,7 +416,7 @@ _IN_BATCH_ONLY = {
 # AdamW's own weight decay and no bound on the norm: the original passed neither.
 _ORIGINAL_GUARD = {"max_grad_norm": 1.0, "skip_grad_norm": 1e30, "weight_decay": 0.01}
 _SOFTPLUS = {"name": "softplus_scaled", "anchor_weight": 0.0}
-_INFO_NCE_ONLY = {"info_nce": 1.0, "listwise": 0.0}
+_INFO_NCE_ONLY = {"centre": 0.0, "info_nce": 1.0, "listwise": 0.0}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "original": {
@@ -435,7 +438,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "range": _SOFTPLUS,
         "temperature": {"value": 3.0},
         "negatives": {"policy_noise": {"count": 0}},
-        "loss": {"info_nce": 0.5, "margin": 0.5, "listwise": 0.0},
+        "loss": {"centre": 0.0, "info_nce": 0.5, "margin": 0.5, "listwise": 0.0},
     },
     "recommended": {},
 }

@@ -187,8 +187,10 @@ class EnergyHead(nn.Module):
             keys, values = zip(*(remember(memory) for remember in self.scorer_memories), strict=True)
             return EncodedContext(keys, values, bias, self.step_in(steps), centre)
 
-    def forward(self, context: EncodedContext | tuple[Tensor, Tensor], actions: Tensor) -> Tensor:
-        """Energies `(B,N)` of `actions (B,N,H,A)`.
+    def forward(
+        self, context: EncodedContext | tuple[Tensor, Tensor], actions: Tensor, *, with_centre: bool = False
+    ) -> Any:
+        """Energies `(B,N)` of `actions (B,N,H,A)`; with `with_centre` also the centre `(B,H,A)`, for its own loss.
 
         Args:
             context: what `encode` returned, or `(context, context_mask)` to do both in one call; in training under
@@ -207,7 +209,8 @@ class EnergyHead(nn.Module):
             x = self._embed(encoded, actions.float())
             for block, keys, values in zip(self.scorers, encoded.keys, encoded.values, strict=True):
                 x = block(x, keys, values, encoded.bias)
-            return apply_range(self.energy_out(x.mean(2)).squeeze(-1), self.config.range)
+            energies = apply_range(self.energy_out(x.mean(2)).squeeze(-1), self.config.range)
+            return (energies, encoded.centre) if with_centre else energies
 
     def pairwise(self, encoded: EncodedContext, chunks: Tensor, block_size: int = 64) -> Tensor:
         """Energies `(B,M)` of every context with every one of `chunks (M,H,A)`, `block_size` chunks at a time."""

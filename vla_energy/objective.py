@@ -52,10 +52,19 @@ class EnergyObjective:
         """
         negatives = build_negatives(self.config.negatives, expert, layer_actions[:, -1], layer_actions, generator)
         actions = torch.cat([expert.detach().float()[:, None], negatives.chunks], 1)
-        energies = self.head((context.detach(), context_mask), actions)
-        loss = self._loss(energies, negatives)
+        inputs, weight = (context.detach(), context_mask), self.config.loss.centre
+        if weight:
+            energies, centre = self.head(inputs, actions, with_centre=True)
+            centre_error = (centre - actions[:, 0]).abs().mean()
+        else:
+            energies, centre_error = self.head(inputs, actions), actions.new_zeros(())
+        loss = self._loss(energies, negatives) + weight * centre_error
         with torch.no_grad():
-            return loss, {"energy/loss": loss.detach(), **self._metrics(energies.detach(), negatives)}
+            return loss, {
+                "energy/loss": loss.detach(),
+                "energy/centre_l1": centre_error.detach(),
+                **self._metrics(energies.detach(), negatives),
+            }
 
     def _loss(self, energies: Tensor, negatives: NegativeSet) -> Tensor:
         config, temperature = self.config.loss, self.config.temperature.value

@@ -199,9 +199,7 @@ def build(
                 splits["val"] = self._generate_examples(val_episodes, seed + VAL_SEED_OFFSET, 0.0)
             return splits
 
-        def _generate_examples(
-            self, count: int, first_seed: int, share: float
-        ) -> Iterator[tuple[str, dict[str, Any]]]:
+        def _generate_examples(self, count: int, first_seed: int, share: float) -> Iterator[tuple[str, dict[str, Any]]]:
             return _record_all([Recording(task, count, first_seed, share) for task in tasks], workers)
 
     MetaWorldDemonstrations.name = name
