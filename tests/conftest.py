@@ -34,3 +34,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory, statistics: DatasetSta
     folder = tmp_path_factory.mktemp("tiny") / "vla"
     tasks = ["drawer open", "reach", "button press topdown"]
     return write_random_start(folder, tasks, {"metaworld_test": statistics}, horizon=8, seed=0)
+
+
+@pytest.fixture(scope="session")
+def simulator() -> None:
+    """Skips where Meta-World or OpenGL is not installed, with the reason; in CI there has to be one."""
+    from vla_energy.data.metaworld_env import GL_HELP, SimulatorError
+    from vla_energy.rollout.simulator import SimulatorProcess
+
+    try:
+        with SimulatorProcess("reach") as process:
+            process.reset(0)
+    except SimulatorError as error:
+        missing = "pip install" in str(error) or GL_HELP in str(error)
+        if not missing or os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vla_energy.actions import RawActions
-from vla_energy.data.metaworld_env import GL_HELP, SimulatorError
+from vla_energy.data.metaworld_env import SimulatorError
 from vla_energy.rollout import statistics
 from vla_energy.rollout.interface import Decision
 from vla_energy.rollout.run import EVALUATION_SEED_OFFSET, run_rollouts
@@ -208,19 +208,7 @@ def test_mcnemar_and_bootstrap():
         statistics.paired_difference([(arm, other[:50])])
 
 
-@pytest.fixture(scope="module")
-def _metaworld():
-    """Skips where Meta-World or OpenGL is not installed; any other failure of the simulator is a failed test."""
-    try:
-        with SimulatorProcess("reach") as world:
-            world.reset(0)
-    except SimulatorError as error:
-        if "pip install" in str(error) or GL_HELP in str(error):
-            pytest.skip(str(error))
-        raise
-
-
-@pytest.mark.usefixtures("_metaworld")
+@pytest.mark.usefixtures("simulator")
 def test_metaworld_renders_and_agrees_between_processes():
     zeros, right = np.zeros((4, 4)), np.tile([1.0, 0.0, 0.0, 0.0], (4, 1))
     with SimulatorProcess("drawer-open") as used, SimulatorProcess("drawer-open") as fresh:
