@@ -1,3 +1,4 @@
+# One thread: two beside another busy process are ten times slower than one, and a tiny model gains little from two.
 # Every target does its own set-up on a fresh machine. Another interpreter: make setup PYTHON=python3.12
 PYTHON ?= python3
 VENV := .venv
@@ -28,7 +29,7 @@ gl: $(STAMP)
 	fi
 
 demo: setup
-	$(PY) -m vla_energy.demo
+	$(THREADS) $(PY) -m vla_energy.demo
 
 test: setup
 	$(THREADS) $(PY) -m pytest -q

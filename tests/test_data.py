@@ -23,7 +23,6 @@ from vla_energy.data import DatasetConfig, DatasetError, RldsDataset, dataset_co
 from vla_energy.data.augment import CROP_AREA, center_crop
 from vla_energy.data.datasets import convert_gripper, standardize
 
-
 LIBERO = dataset_config("libero_goal_no_noops")
 HORIZON = 4
 NAME = "libero_fixture"
