@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from vla_energy.config import EnergyConfig
 from vla_energy.data import DatasetError
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.evaluate import calibrated_gate
 from vla_energy.finetune.trainer import Trainer, rate_factor
+from vla_energy.monitors import RankingReport
+from vla_energy.rerank import MARGIN_KEY, Reranker
 from vla_energy.rollout.policy import load_policy
 
 
@@ -112,6 +116,9 @@ def test_checkpoint_loads_as_a_policy_with_a_head(tiny_folder: Path, tmp_path: P
         # Weights are saved merged and in bf16.
         torch.testing.assert_close(loaded(batch).actions, expected, atol=0.1, rtol=0)
     assert load_head(folder).step == 2
+    assert trainer.gate is not None and load_head(folder).extra == {MARGIN_KEY: trainer.gate["margin"]}
+    # Two steps teach nothing that a calibrated gate would believe.
+    assert Reranker.from_checkpoint(folder).margin == math.inf
     policy = load_policy(str(folder))
     assert policy.arms == {"policy", "rerank"} and (policy.horizon, policy.action_dim) == (8, 4)
     images, instruction = list(raw["images"]), list(raw["instructions"])
@@ -123,6 +130,23 @@ def test_checkpoint_loads_as_a_policy_with_a_head(tiny_folder: Path, tmp_path: P
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < rows[-1]["val/finetune/l1_val"] < 2
     assert {"train/l1", "energy/loss", "energy/grad_norm"} <= rows[0].keys()
+
+
+def test_gate_is_calibrated_on_one_half_of_the_episodes_and_told_on_the_other() -> None:
+    """Episodes 0 and 2 say that low energy means near, 1 and 3 that it means far: the other half must show it."""
+    rows = 400
+    episodes = torch.arange(rows) // (rows // 4)
+    distances = torch.full((rows, 2), 0.5)
+    distances[:, 1] = torch.where(episodes % 2 == 0, 0.1, 0.9)
+    energies = torch.tensor([1.0, 0.0]).expand(rows, 2)
+    report = RankingReport({}, energies, distances, ("policy", "noise"))
+    gate = calibrated_gate(report, episodes)
+    assert gate["margin"] is not None and gate["accepted"] == gate["worse"] == 1
+    assert gate["l1_gated"] == pytest.approx(0.9) and gate["frames"] == rows // 2
+    swapped = calibrated_gate(report, episodes + 1)
+    assert swapped["margin"] == gate["margin"]  # by rank among the episodes seen, whatever their numbers
+    shut = calibrated_gate(dataclasses.replace(report, distances=distances.flip(1)), episodes)
+    assert shut["margin"] is None and shut["accepted"] == 0 and shut["l1_gated"] == pytest.approx(shut["l1_policy"])
 
 
 def test_frozen_backbone_trains_the_head_alone(tiny_folder: Path, tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
+from vla_energy.calibrate import calibrate_margin
 from vla_energy.checkpoint import CheckpointError, save_head
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.head import EnergyHead
-from vla_energy.rerank import CompatibilityError, Reranker, calibrate_margin, rerank
+from vla_energy.rerank import CompatibilityError, Reranker, rerank
 
 B, S, D, N, H, A = 5, 6, 16, 7, 4, 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from vla_energy.backbones import save_openvla
 from vla_energy.checkpoint import CheckpointError, atomic_write, save_head
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.setup import vla_folder
+from vla_energy.rerank import MARGIN_KEY
 
 if TYPE_CHECKING:
     from vla_energy.finetune.trainer import Trainer
@@ -47,7 +49,8 @@ def save(trainer: Trainer) -> Path:
             merge=config.merge_lora_during_training,
         )
         if trainer.head is not None:
-            save_head(partial, trainer.head, trainer.step, trainer.job.statistics)
+            extra = {} if trainer.gate is None else {MARGIN_KEY: trainer.gate["margin"]}
+            save_head(partial, trainer.head, trainer.step, trainer.job.statistics, extra)
         state = _state(trainer)
         atomic_write(partial / STATE, lambda file: torch.save(state, file))
     except OSError as error:
@@ -112,11 +115,12 @@ def find(config: FinetuneConfig) -> Path:
 
 
 def flatten(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
-    """Nested metrics to `prefix/a/b` scalars."""
+    """Nested metrics to `prefix/a/b` scalars; None becomes NaN."""
     flat: dict[str, float] = {}
     for key, value in metrics.items():
         name = f"{prefix}/{key}"
-        flat.update(flatten(value, name) if isinstance(value, dict) else {name: float(value)})
+        scalar = math.nan if value is None else value
+        flat.update(flatten(value, name) if isinstance(value, dict) else {name: float(scalar)})
     return flat
 
 

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
+from vla_energy.calibrate import calibrate_margin
 from vla_energy.candidates import noise_scale
 from vla_energy.data import RldsDataset
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.setup import Job
 from vla_energy.head import EnergyHead
 from vla_energy.monitors import Batch, RankingReport, evaluate_ranking
+from vla_energy.rerank import choose
 
 _MIN_BATCH = 16  # in-batch negatives need company
 
 
-class _L1:
-    """Sum of absolute errors over frames."""
+RISK = 0.1
+"""At most this share of the choices that the calibrated gate accepts is worse than the policy's (confidence 0.9)."""
+
+
+class _Frames:
+    """The policy's error on the frames seen, and the episode of each."""
 
     def __init__(self) -> None:
-        self.total, self.frames = 0.0, 0
+        self.errors: list[torch.Tensor] = []
+        self.episodes: list[torch.Tensor] = []
 
-    def add(self, errors: torch.Tensor) -> None:
-        self.total += float(errors.mean(dim=(1, 2)).sum())
-        self.frames += len(errors)
+    def add(self, errors: torch.Tensor, episodes: np.ndarray) -> None:
+        self.errors.append(errors.mean(dim=(1, 2)).cpu())
+        self.episodes.append(torch.tensor(episodes))
 
 
 def evaluate(job: Job, split: RldsDataset, head: EnergyHead | None, config: FinetuneConfig) -> dict[str, Any]:
@@ -34,35 +43,62 @@ def evaluate(job: Job, split: RldsDataset, head: EnergyHead | None, config: Fine
 
     Returns:
         `finetune`: `l1_val` (normalised units) and `frames`; with a head also `energy` and `rerank`, see
-        `monitors.RankingReport`.
+        `monitors.RankingReport`, and `gate`, see `calibrated_gate`.
     """
-    report, l1 = rank(job, split, head, config)
-    result: dict[str, Any] = {"finetune": {"l1_val": l1.total / l1.frames, "frames": l1.frames}}
+    frames = _Frames()
+    batches = held_out(job, split, config, frames)
+    report = None
+    if head is None:
+        for _ in batches:
+            pass
+    else:
+        gripper = [dim for dim, normalised in enumerate(job.statistics.action.mask) if not normalised]
+        generator = torch.Generator().manual_seed(config.seed)
+        report = evaluate_ranking(
+            head, batches, config.energy, generator, gripper_dims=gripper, scale=noise_scale(job.statistics)
+        )
+    errors = torch.cat(frames.errors)
+    result: dict[str, Any] = {"finetune": {"l1_val": float(errors.mean()), "frames": len(errors)}}
     if report is not None:
-        metrics = report.metrics
-        result.update(energy=metrics["energy"], rerank=metrics["rerank"])
+        result.update(energy=report.metrics["energy"], rerank=report.metrics["rerank"])
+        result["gate"] = calibrated_gate(report, torch.cat(frames.episodes))
     return result
 
 
-def rank(
-    job: Job, split: RldsDataset, head: EnergyHead | None, config: FinetuneConfig
-) -> tuple[RankingReport | None, _L1]:
-    """The ranking report (None without a head) and the policy's L1, in one pass over the split."""
-    l1 = _L1()
-    frames = held_out(job, split, config, l1)
-    if head is None:
-        for _ in frames:
-            pass
-        return None, l1
-    generator = torch.Generator().manual_seed(config.seed)
-    gripper = [dim for dim, normalised in enumerate(job.statistics.action.mask) if not normalised]
-    report = evaluate_ranking(
-        head, frames, config.energy, generator, gripper_dims=gripper, scale=noise_scale(job.statistics)
-    )
-    return report, l1
+def calibrated_gate(report: RankingReport, episodes: torch.Tensor) -> dict[str, Any]:
+    """The gate's margin from one half of the held-out episodes, and what it does on the other half.
+
+    Frames of one episode are alike, which `calibrate_margin` does not know: with few episodes its guarantee is
+    weaker than it says. The other half tells what it is worth.
+
+    Args:
+        report: of M frames.
+        episodes: `(M,)` episode of each frame.
+
+    Returns:
+        `margin` (None: the gate stays shut), and on the other half `frames`, `accepted` (share), `worse` (share of
+        the accepted that are worse than the policy's chunk; None if none is accepted), `l1_policy`, `l1_gated`.
+    """
+    _, rank = episodes.unique(return_inverse=True)
+    ours, rest = rank % 2 == 0, rank % 2 == 1
+    if not rest.any():
+        return {"margin": None, "frames": 0}
+    margin = calibrate_margin(report.energies[ours], report.distances[ours], RISK)
+    distances = report.distances[rest]
+    index, accepted = choose(report.energies[rest], margin)
+    chosen = distances.gather(1, torch.where(accepted, index, 0)[:, None])[:, 0]
+    worse = (chosen > distances[:, 0])[accepted]
+    return {
+        "margin": margin if math.isfinite(margin) else None,
+        "frames": int(rest.sum()),
+        "accepted": float(accepted.float().mean()),
+        "worse": float(worse.float().mean()) if len(worse) else None,
+        "l1_policy": float(distances[:, 0].mean()),
+        "l1_gated": float(chosen.mean()),
+    }
 
 
-def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, l1: _L1) -> Iterator[Batch]:
+def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: _Frames) -> Iterator[Batch]:
     """Batches for `evaluate_ranking`; the policy in eval mode, its images cropped if it was trained with crops."""
     deadline = time.monotonic() + config.val_time_limit
     size = min(max(config.batch_size, _MIN_BATCH), split.num_frames)
@@ -72,7 +108,7 @@ def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, l1: _L1) -> I
         with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             output = job.vla(batch)
         assert output.layer_actions is not None
-        l1.add((output.actions.float() - batch["actions"]).abs())
+        frames.add((output.actions.float() - batch["actions"]).abs(), raw["episode"])
         yield output.context.float(), output.context_mask, batch["actions"], output.layer_actions.float()
         if time.monotonic() > deadline:
             return

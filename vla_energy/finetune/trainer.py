@@ -41,6 +41,7 @@ class Trainer:
             torch.optim.AdamW(self.parameters, lr=config.learning_rate, fused=True) if self.trains_policy else None
         )
         self.head = self.guard = self.objective = None
+        self.gate: dict[str, Any] | None = None  # of the last validation; its margin goes into the head's file
         self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives alone
         if config.energy.enabled:
             self.head = make_head(config, self.job.vla).to(self.job.device)
@@ -84,7 +85,9 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Metrics on the held-out split; see `evaluate`."""
         split = open_split(self.config, self.job.vla, "val", self.job.statistics)
-        return evaluate(self.job, split, self.head, self.config)
+        results = evaluate(self.job, split, self.head, self.config)
+        self.gate = results.get("gate")
+        return results
 
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
         """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
