@@ -12,7 +12,7 @@ import torch
 
 from vla_energy.backbones import save_openvla
 from vla_energy.checkpoint import CheckpointError, atomic_write, save_head
-from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.config import EMBEDDED, FinetuneConfig
 from vla_energy.finetune.setup import vla_folder
 from vla_energy.rerank import MARGIN_KEY
 
@@ -133,7 +133,9 @@ def _saved_step(path: Path) -> int:
 
 def _flags(config: FinetuneConfig) -> dict[str, str]:
     values = {key: value for key, value in vars(config).items() if key not in _FREE}
-    return {key: repr(value) for key, value in values.items()} | {"vla_path": str(vla_folder(config).resolve())}
+    flags = {key: repr(value) for key, value in values.items()}
+    # A folder by where it is, whatever the working directory; the embedded one wherever the package is installed.
+    return flags | ({} if config.vla_path == EMBEDDED else {"vla_path": str(vla_folder(config).resolve())})
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
