@@ -21,6 +21,8 @@ def main() -> None:
         from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
 
         Trainer(config).run()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command with --resume True goes on from the last checkpoint")
     except (ValueError, OSError, ImportError, draccus.ParsingError) as error:
         if os.environ.get("VLA_ENERGY_TRACEBACK"):
             raise

@@ -54,6 +54,8 @@ def test_training_and_inference_see_the_same(vla: LoadedVLA) -> None:
     torch.testing.assert_close(trained.actions, predicted.actions)
     torch.testing.assert_close(trained.layer_actions, predicted.layer_actions)
     assert torch.equal(trained.context_mask, predicted.context_mask)
+    again = vla.predict(_batch(vla, train=True))  # a batch with labels: the prompt is cut out of it
+    torch.testing.assert_close(again.actions, predicted.actions)
 
 
 def test_attention_is_bidirectional_and_padding_is_not_seen(vla: LoadedVLA) -> None:

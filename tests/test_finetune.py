@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,7 @@ def test_rate_follows_the_host() -> None:
         ({"precision": "fp8"}, FlagError, "bf16, fp32"),
         ({"max_steps": 0}, FlagError, "max_steps"),
         ({"horizon": -1}, FlagError, "horizon"),
+        ({"horizon": 4000}, FlagError, "positions hold chunks of at most"),
         ({"dataset_name": "metaworld_nothing"}, DatasetError, "metaworld_demo"),
         ({"dataset_name": "unknown"}, DatasetError, "known"),
         ({"data_root_dir": "nowhere"}, DatasetError, "nowhere"),
@@ -195,6 +197,53 @@ def test_bad_flags_are_told_before_training(
 ) -> None:
     with pytest.raises(error, match=text):
         _run(_config(tiny_folder, tmp_path, **changes))
+
+
+def test_an_earlier_run_is_not_overwritten(tiny_folder: Path, tmp_path: Path) -> None:
+    _run(_config(tiny_folder, tmp_path, max_steps=1))
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(FlagError, match="--resume True"):
+        _run(_config(tiny_folder, tmp_path, max_steps=1))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == rows
+
+
+def test_a_checkpoint_killed_between_its_two_renames_is_found(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=1, save_latest_checkpoint_only=True)
+    _run(config)
+    latest = tmp_path / "run" / "latest"
+    latest.rename(tmp_path / "run" / ".latest.old")
+    resumed = _run(dataclasses.replace(config, resume=True, max_steps=2))
+    assert resumed.step == 2 and (latest / checkpoints.STATE).is_file()
+    assert not (tmp_path / "run" / ".latest.old").exists()
+
+
+def test_steps_survive_a_failed_validation(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(_config(tiny_folder, tmp_path, use_val_set=True, val_freq=2))
+
+    def fail() -> dict[str, Any]:
+        raise DatasetError("the shard is torn")
+
+    monkeypatch.setattr(trainer, "validate", fail)
+    with pytest.raises(DatasetError, match="torn"):
+        trainer.run()
+    assert (checkpoints.folder_of(trainer.config, 2) / checkpoints.STATE).is_file()
+
+
+def test_missing_components_are_told(tiny_folder: Path, tmp_path: Path) -> None:
+    for name in ("action_head", "proprio_projector"):
+        folder = tmp_path / name
+        shutil.copytree(tiny_folder, folder)
+        next(folder.glob(f"{name}*")).unlink()
+        with pytest.raises(CheckpointFolderError, match=f"{name}.*--new_action_head True"):
+            Trainer(_config(folder, tmp_path))
+        assert Trainer(_config(folder, tmp_path, new_action_head=True)).job.vla.action_dim == 4
+
+
+def test_cosine_resumes_to_the_same_end_only(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=1, lr_schedule="cosine")
+    _run(config)
+    with pytest.raises(CheckpointError, match="max_steps"):
+        Trainer(dataclasses.replace(config, resume=True, max_steps=2))
 
 
 @pytest.mark.parametrize(
@@ -231,6 +280,6 @@ def test_another_robot_needs_a_new_head(tmp_path: Path) -> None:
         tmp_path / "five", ["reach"], {"other": DatasetStatistics(five, None, 100, 1)}, horizon=8, seed=0
     )
     with pytest.raises(FlagError, match="--new_action_head True"):
-        Trainer(_config(folder, tmp_path))
+        Trainer(_config(folder, tmp_path, use_proprio=False))
     vla = Trainer(_config(folder, tmp_path, new_action_head=True)).job.vla
     assert vla.action_dim == 4 and vla.proprio_projector is not None

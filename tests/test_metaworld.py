@@ -48,4 +48,10 @@ def test_unknown_task_lists_those_there_are(tmp_path: Path) -> None:
     result = _record(tmp_path, "--tasks", "reach,fly")
     assert result.returncode != 0
     assert "['fly']" in result.stderr and "drawer-open" in result.stderr
-    assert not (tmp_path / "metaworld_mine").exists()
+    assert not (tmp_path / "metaworld_mine").exists() and "Traceback" not in result.stderr
+
+
+def test_an_existing_dataset_is_not_reused(tmp_path: Path) -> None:
+    (tmp_path / "metaworld_mine").mkdir()
+    result = _record(tmp_path, "--tasks", "reach")
+    assert result.returncode != 0 and "exists already" in result.stderr

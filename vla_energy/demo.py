@@ -73,11 +73,20 @@ def run_demo(config: FinetuneConfig, episodes: int) -> dict[str, Any]:
 
     out = config.run_dir
     check_writable(out / "metrics.json")
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)  # of an earlier demo: curves would overlap
     clock = _Clock()
     with clock.phase("load", "loading the tiny OpenVLA and its data"):
-        trainer = Trainer(config)
+        earlier = out / "metrics.jsonl"
+        kept = earlier.rename(out / "metrics.old.jsonl") if earlier.exists() else None
+        try:
+            trainer = Trainer(config)
+        except BaseException:
+            if kept is not None:
+                kept.rename(earlier)  # this demo never began: the earlier one stays whole
+            raise
         split = open_split(config, trainer.job.vla, "val", trainer.job.statistics)
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)  # of an earlier demo: curves would overlap
+    if kept is not None:
+        kept.unlink()
     with clock.phase("evaluate_before", f"measuring the start checkpoint on {split.num_frames} held-out frames"):
         before = evaluate(trainer.job, split, None, config)
     with clock.phase("finetune", f"fine-tuning it with the energy head, {config.max_steps} steps"):

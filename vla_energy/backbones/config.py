@@ -19,6 +19,10 @@ class CheckpointFolderError(ValueError):
     """A checkpoint folder lacks a file, or a file in it is damaged or does not fit the rest."""
 
 
+class ComponentError(CheckpointFolderError):
+    """Action head or proprio projector: there is none where one is needed, or more than one."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`; CheckpointFolderError names the file if that fails."""
     try:

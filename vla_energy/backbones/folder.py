@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, load_statistics
-from vla_energy.backbones.config import CheckpointFolderError, OpenVLAConfig, read_json
+from vla_energy.backbones.config import CheckpointFolderError, ComponentError, OpenVLAConfig, read_json
 from vla_energy.backbones.lora import merged_state_dict
 from vla_energy.backbones.openvla import OpenVLA
 from vla_energy.backbones.processor import Processor
@@ -78,6 +78,8 @@ def load_openvla(
         CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
     """
     folder = Path(folder)
+    if num_images < 1:
+        raise ValueError(f"num_images={num_images}: expected 1 or more")
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
     config = OpenVLAConfig.from_folder(folder)
@@ -162,7 +164,7 @@ def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] 
         return None
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise CheckpointFolderError(f"{folder}: need exactly one {name}--*_checkpoint.pt, found {names}")
+        raise ComponentError(f"{folder}: need exactly one {name}--*_checkpoint.pt, found {names}")
     try:
         state = torch.load(found[0], map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files

@@ -193,12 +193,16 @@ class OpenVLA(nn.Module):
         """The policy's chunks for a batch of prompts, dropout off.
 
         Args:
-            batch: `pixel_values`, `input_ids`, `attention_mask` of prompts without action tokens, and
-                `proprio` if the policy uses it. A prompt that does not end in the empty token gets it, as
-                in the host: the policy was trained with it.
+            batch: `pixel_values`, `input_ids`, `attention_mask` of prompts, and `proprio` if the policy uses it. With
+                `labels`, as in training, the prompt ends where they have the first action token. A prompt that does
+                not end in the empty token gets it, as in the host: the policy was trained with it.
             layer_exits: as in `forward`.
         """
-        prompts = _end_in(batch, self.config.empty_token_id, self.config.pad_token_id)
+        prompts = _end_in(
+            _without_actions(batch, self.config.action_token_begin),
+            self.config.empty_token_id,
+            self.config.pad_token_id,
+        )
         count = self.horizon * self.action_dim
         tokens = torch.full((len(batch["input_ids"]), count), self.config.vocab_size - 1)
         tokens = tokens.to(batch["input_ids"].device)
@@ -223,6 +227,16 @@ class OpenVLA(nn.Module):
         mask = batch["attention_mask"].bool()
         if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
             raise ValueError("attention_mask must be True up to each row's end: pad on the right")
+
+
+def _without_actions(batch: Mapping[str, Any], action_token_begin: int) -> dict[str, Any]:
+    """`input_ids` and `attention_mask` of the prompts alone, for a batch with or without `labels`."""
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    if batch.get("labels") is not None:
+        mask = mask & ((batch["labels"] > action_token_begin).cumsum(dim=1) == 0)
+        longest = int(mask.sum(dim=1).max())
+        ids, mask = ids[:, :longest], mask[:, :longest]
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def _end_in(prompts: Mapping[str, Any], token: int, pad_id: int) -> dict[str, Tensor]:

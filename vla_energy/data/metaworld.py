@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -173,9 +175,11 @@ def build(
         workers: simulator processes at a time.
 
     Raises:
-        ValueError: unknown task names.
+        ValueError: unknown task names, or a dataset of this name is there.
         SimulatorError: simulator or OpenGL missing, or an expert that fails too often.
     """
+    if (Path(out) / name).exists():
+        raise ValueError(f"{Path(out) / name} exists already: take another name, or delete it")
     # In a child: OSMesa and TensorFlow crash each other when one process loads both.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         pool.apply(mw.check_tasks, (tasks,))
@@ -220,7 +224,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", required=True, help="data root; the dataset goes to OUT/NAME/1.0.0")
     args = parser.parse_args()
-    folder = build(
+    try:
+        print(_build(args))
+    except (ValueError, ImportError, mw.SimulatorError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _build(args: argparse.Namespace) -> str:
+    return build(
         args.out,
         args.name,
         args.tasks.split(","),
@@ -230,7 +241,6 @@ def main() -> None:
         noise_share=args.noise_share,
         workers=args.workers,
     )
-    print(folder)
 
 
 if __name__ == "__main__":

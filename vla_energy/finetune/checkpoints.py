@@ -56,13 +56,17 @@ def save(trainer: Trainer) -> Path:
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(f"{target} was not written ({error}); earlier checkpoints are intact") from error
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _old(target)
     if target.exists():
-        os.replace(target, old)
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)  # killed here, `find` takes the old one
     os.replace(partial, target)
     shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
 
 
 def resume(trainer: Trainer) -> None:
@@ -102,7 +106,7 @@ def find(config: FinetuneConfig) -> Path:
     """
     run = config.run_dir
     found: dict[int, Path] = {}
-    for folder in (*run.parent.glob(f"{run.name}--*_chkpt"), run / "latest"):
+    for folder in (*run.parent.glob(f"{run.name}--*_chkpt"), _old(run / "latest"), run / "latest"):
         if (folder / STATE).is_file():
             text = folder.name.removeprefix(f"{run.name}--").removesuffix("_chkpt")
             found[int(text) if text.isdigit() else _saved_step(folder / STATE)] = folder
@@ -134,6 +138,8 @@ def _saved_step(path: Path) -> int:
 def _flags(config: FinetuneConfig) -> dict[str, str]:
     values = {key: value for key, value in vars(config).items() if key not in _FREE}
     flags = {key: repr(value) for key, value in values.items()}
+    if config.lr_schedule == "cosine":
+        flags["max_steps"] = repr(config.max_steps)  # the schedule ends there
     # A folder by where it is, whatever the working directory; the embedded one wherever the package is installed.
     return flags | ({} if config.vla_path == EMBEDDED else {"vla_path": str(vla_folder(config).resolve())})
 

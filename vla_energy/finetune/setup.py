@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics
-from vla_energy.backbones import CheckpointFolderError, LoadedVLA, load_openvla
+from vla_energy.backbones import CheckpointFolderError, LoadedVLA, OpenVLAConfig, load_openvla
+from vla_energy.backbones.config import ComponentError
 from vla_energy.backbones.lora import add_lora
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.data import RldsDataset, dataset_config
 from vla_energy.data.augment import center_crop
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
 from vla_energy.head import EnergyHead
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED_DATA = Path(__file__).parents[1] / "data" / "bundled"
 """Data root of the bundled RLDS shard."""
@@ -88,6 +92,8 @@ def prepare(config: FinetuneConfig) -> Job:
     config.check()
     device = _device(config.device)
     folder = vla_folder(config)
+    if not folder.is_dir():
+        raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
     probe = RldsDataset(
         data_root(config),
         config.dataset_name,
@@ -104,6 +110,7 @@ def prepare(config: FinetuneConfig) -> Job:
                 f"{config.dataset_name} has {probe.action_dim}-dimensional actions, the action head of {folder} "
                 f"{vla.action_dim}; another robot needs --new_action_head True"
             )
+        _check_length(config, vla)
         if config.use_lora and not config.energy.freeze_backbone:
             add_lora(vla, config.lora_rank, config.lora_dropout)
     train = open_split(config, vla, "train", probe.statistics)
@@ -111,7 +118,15 @@ def prepare(config: FinetuneConfig) -> Job:
     return Job(vla.to(device), train, probe.statistics, device)
 
 
-def _load(config: FinetuneConfig, folder: Path, action_dim: int, proprio_dim: int) -> LoadedVLA:
+def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_dim: int | None) -> LoadedVLA:
+    # A bare OpenVLA has no action head and gets a new one; of a checkpoint that was fine-tuned, none may be missing.
+    fine_tuned = any(folder.glob("*action_head*")) or "vla_energy" in OpenVLAConfig.from_folder(folder).raw
+    if fine_tuned and not config.new_action_head:
+        action_dim = proprio_dim = None
+    else:
+        logger.warning("starting a new action head (and proprio projector): %s is taken without", folder)
+    if not config.use_proprio and any(folder.glob("proprio_projector--*")):
+        logger.warning("%s was trained with proprioception; --use_proprio True would use it", folder)
     try:
         return load_openvla(
             folder,
@@ -122,10 +137,17 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int, proprio_dim: in
             proprio_dim=proprio_dim,
             new_head=config.new_action_head,
         )
-    except CheckpointFolderError as error:
-        if config.vla_path != EMBEDDED:
-            raise
-        raise CheckpointFolderError(f"the embedded checkpoint is not usable: {error}") from error
+    except ComponentError as error:
+        raise ComponentError(f"{error}; --new_action_head True starts both components anew") from error
+
+
+def _check_length(config: FinetuneConfig, vla: LoadedVLA) -> None:
+    """A chunk must fit the language model's positions, with the images and a prompt of up to 64 tokens."""
+    limit = int(vla.backbone.language_model.config.max_position_embeddings)
+    patches = vla.backbone.vision_backbone.num_patches * config.num_images_in_input
+    longest = (limit - patches - 64) // vla.action_dim
+    if vla.horizon > longest:
+        raise FlagError(f"--horizon {vla.horizon}: the model's {limit} positions hold chunks of at most {longest}")
 
 
 def make_head(config: FinetuneConfig, vla: LoadedVLA) -> EnergyHead:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from vla_energy.backbones import VLAOutput
 from vla_energy.finetune import checkpoints
-from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.setup import Batch, make_head, open_split, prepare
@@ -34,7 +34,14 @@ class Trainer:
 
     def __init__(self, config: FinetuneConfig) -> None:
         self.config = config
+        config.check()
+        if (config.run_dir / "metrics.jsonl").exists() and not config.resume:
+            raise FlagError(
+                f"{config.run_dir} holds a run already: go on with --resume True, or name another by --run_id_override"
+            )
         self.job = prepare(config)
+        # Opened now, so that a broken held-out shard is told before training and not after it.
+        self.held_out = open_split(config, self.job.vla, "val", self.job.statistics) if config.use_val_set else None
         self.trains_policy = not config.energy.freeze_backbone
         self.parameters = [p for p in self.job.vla.parameters() if p.requires_grad]
         self.optimizer = (
@@ -76,7 +83,7 @@ class Trainer:
                     shown: dict[str, Any] = {key: f"{row[key]:.4f}" for key in keys if key in row}
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
                 if config.use_val_set and (self.step % config.val_freq == 0 or self.step == config.max_steps):
-                    results = self.validate()
+                    results = self._validate_or_save()
                     log.write(self.step, checkpoints.flatten(results, "val"))
                 if self.step % config.save_freq == 0 or self.step == config.max_steps:
                     logger.info("saved %s", checkpoints.save(self))
@@ -84,10 +91,18 @@ class Trainer:
 
     def validate(self) -> dict[str, Any]:
         """Metrics on the held-out split; see `evaluate`."""
-        split = open_split(self.config, self.job.vla, "val", self.job.statistics)
-        results = evaluate(self.job, split, self.head, self.config)
+        assert self.held_out is not None
+        results = evaluate(self.job, self.held_out, self.head, self.config)
         self.gate = results.get("gate")
         return results
+
+    def _validate_or_save(self) -> dict[str, Any]:
+        try:
+            return self.validate()
+        except Exception:
+            # The steps taken must not be lost to a held-out shard that cannot be read.
+            logger.error("validation failed; saved %s", checkpoints.save(self))
+            raise
 
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
         """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
