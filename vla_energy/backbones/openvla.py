@@ -8,11 +8,13 @@ commit 213c5ff8; equality is measured against stored outputs of the real code in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_energy.backbones.action_head import L1ActionHead, ProprioProjector
@@ -161,9 +163,10 @@ class OpenVLA(nn.Module):
         extra = None
         if self.proprio_projector is not None:
             extra = self.proprio_projector(batch["proprio"].to(self.proprio_projector.fc1.weight.dtype))[:, None]
-        hidden, features = self.backbone(
-            batch["pixel_values"].to(dtype), batch["input_ids"], batch["attention_mask"], action_mask, extra
-        )
+        with self._attention_kernel(batch["input_ids"].device):
+            hidden, features = self.backbone(
+                batch["pixel_values"].to(dtype), batch["input_ids"], batch["attention_mask"], action_mask, extra
+            )
         rows, positions = _action_positions(action_mask, features.shape[1], self.action_dim)
         head_dtype = self.action_head.model.fc1.weight.dtype
         actions = self.action_head(hidden[-1][rows, positions].to(head_dtype))
@@ -180,6 +183,12 @@ class OpenVLA(nn.Module):
             layer_actions=layer_actions,
             projector_features=features,
         )
+
+    def _attention_kernel(self, device: torch.device) -> AbstractContextManager[object]:
+        """At inference on a CPU the plain kernel: half the rounding error of the blocked one, for 3 of 19 ms (tiny VLA)."""
+        if device.type == "cpu" and not self.training:
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
 
     @torch.no_grad()
     def _inner_exits(self, hidden: tuple[Tensor, ...], rows: Tensor, positions: Tensor, *, normed: bool) -> Tensor:
