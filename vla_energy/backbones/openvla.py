@@ -185,7 +185,7 @@ class OpenVLA(nn.Module):
         )
 
     def _attention_kernel(self, device: torch.device) -> AbstractContextManager[object]:
-        """At inference on a CPU the plain kernel: half the rounding error of the blocked one, for 3 of 19 ms (tiny VLA)."""
+        """At inference on a CPU the plain kernel: half the rounding error of the blocked one, for 3 ms of 19."""
         if device.type == "cpu" and not self.training:
             return sdpa_kernel(SDPBackend.MATH)
         return nullcontext()
