@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_energy.actions import RawActions
-from vla_energy.config import RANGES, EnergyConfig, HeadConfig, RangeConfig
-from vla_energy.head import EnergyHead, apply_range, attend
+from vla_energy.config import RANGES, EnergyConfig, HeadConfig, LossConfig, RangeConfig, TemperatureConfig
+from vla_energy.head import EnergyHead
+from vla_energy.residual import attend
 
 B, S, D, N, H, A = 3, 7, 12, 5, 4, 3
 
@@ -19,7 +21,7 @@ def make_head(seed: int = 0, **changes) -> EnergyHead:
     torch.manual_seed(seed)
     config = EnergyConfig(head=HeadConfig(hidden_dim=16, num_heads=2, num_layers=2), **changes)
     head = EnergyHead(D, A, H, config)
-    torch.nn.init.normal_(head.energy_out.weight)  # energies far from their small start, so that errors show
+    torch.nn.init.normal_(head.scorer.energy_out.weight)  # energies far from their small start, so that errors show
     return head
 
 
@@ -91,14 +93,14 @@ def test_encoding_once_equals_one_context_and_one_chunk_at_a_time() -> None:
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
-def test_pairwise_index_and_expand() -> None:
+def test_pairwise_and_index() -> None:
     head, (context, mask, actions) = make_head(), inputs()
     encoded = head.encode(context, mask)
     chunks = actions[0]
     matrix = head.pairwise(encoded, chunks, block_size=2)
     torch.testing.assert_close(matrix, head(encoded, chunks.expand(B, -1, -1, -1)), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(head(encoded.index([2, 0]), actions[[2, 0]]), head(encoded, actions)[[2, 0]])
-    twice = head(encoded.expand(2), actions.repeat_interleave(2, 0))
+    twice = head(encoded.index([0, 0, 1, 1, 2, 2]), actions.repeat_interleave(2, 0))
     torch.testing.assert_close(twice, head(encoded, actions).repeat_interleave(2, 0), atol=1e-5, rtol=1e-5)
 
 
@@ -129,7 +131,7 @@ def test_double_backward_is_finite_and_equals_finite_differences() -> None:
     direction = torch.randn(actions.shape, generator=torch.Generator().manual_seed(3))
     gradient = slope(actions, create_graph=True)
     (curvature,) = torch.autograd.grad((gradient * direction).sum(), actions, retain_graph=True)
-    (through,) = torch.autograd.grad(gradient.square().sum(), head.action_in.weight)
+    (through,) = torch.autograd.grad(gradient.square().sum(), head.scorer.action_in.weight)
     assert curvature.isfinite().all()
     assert through.isfinite().all()
     step = 1e-3
@@ -142,19 +144,52 @@ def test_double_backward_is_finite_and_equals_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_ranges_rise_with_raw_and_keep_their_bounds(name: str) -> None:
-    raw = torch.linspace(-8, 8, 33)
-    energies = apply_range(raw, RangeConfig(name=name))
-    scale, _, offset = RANGES[name]
-    assert (energies.diff() >= 0).all()
-    at_zero = {"sigmoid": 0.5, "bounded": 0.5, "softplus": np.log(2), "softplus_scaled": np.log(2)}.get(name, 0.0)
-    assert apply_range(torch.zeros(1), RangeConfig(name=name)).item() == pytest.approx(
-        scale * at_zero + offset, abs=1e-6
-    )
-    if name != "linear":
-        assert energies.min() >= offset
+def test_every_range_gives_finite_energies(name: str) -> None:
     head, (context, mask, actions) = make_head(range=RangeConfig(name=name)), inputs()
     assert head((context, mask), actions).isfinite().all()
+
+
+def test_the_start_ranks_by_distance_to_the_reference() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    torch.nn.init.zeros_(head.scorer.energy_out.weight)
+    energies = head((context, mask, actions[:, 0]), actions)
+    distances = (actions - actions[:, :1]).abs().mean((2, 3))
+    assert torch.equal(energies.argsort(1), distances.argsort(1))
+    assert energies[:, 0].abs().max() < 1e-6
+
+
+def test_rows_without_a_reference_get_the_chunk_predicted_from_the_context() -> None:
+    head, (context, mask, actions) = make_head(), inputs()
+    reference = actions[:, 0].clone()
+    reference[1] = float("nan")
+    some: Any = head.encode(context, mask, reference)
+    none: Any = head.encode(context, mask)
+    torch.testing.assert_close(head(some, actions)[1], head(none, actions)[1])
+    assert (head(some, actions)[0] - head(none, actions)[0]).abs().max() > 1e-3
+    assert torch.equal(none.reference, none.blind)
+    assert torch.equal(some.reference[0], reference[0])
+    off = EnergyHead(D, A, H, EnergyConfig(head=HeadConfig(hidden_dim=16, reference=False)))
+    with_one, without = (off.encode(context, mask, given) for given in (reference, None))
+    assert torch.equal(off(with_one, actions), off(without, actions))
+
+
+@pytest.mark.parametrize("name", ["residual", "original"])
+def test_training_output_has_what_the_objective_needs(name: str) -> None:
+    ours = name == "residual"
+    config = EnergyConfig(
+        head=HeadConfig(name=name, hidden_dim=16, num_heads=2),
+        temperature=TemperatureConfig("learnable", 0.7),
+        loss=LossConfig(centre=float(ours)),
+    )
+    head, (context, mask, actions) = EnergyHead(D, A, H, config), inputs()
+    output = head((context, mask, actions[:, 0]), actions, training_output=True)
+    assert torch.equal(output.energies, head((context, mask, actions[:, 0]), actions))
+    assert [tuple(centre.shape) for centre in output.centres] == ([(B, H, A)] * 2 if ours else [])
+    assert output.temperature.item() == pytest.approx(0.7)
+    assert output.temperature.requires_grad
+    scorer, temperature = head.parameter_groups()
+    assert temperature == {"params": [head.temperature.log_value], "weight_decay": 0.0}
+    assert len(scorer["params"]) + 1 == len(list(head.parameters()))
 
 
 def test_edges_refuse_what_does_not_fit() -> None:
@@ -171,6 +206,10 @@ def test_edges_refuse_what_does_not_fit() -> None:
         head((context, mask), actions[:, :, :2])
     with pytest.raises(ValueError, match="3 contexts but 2"):
         head((context, mask), actions[:2])
+    with pytest.raises(ValueError, match="3 contexts but 2 reference"):
+        head.encode(context, mask, actions[:2, 0])
+    with pytest.raises(ValueError, match="H=4, A=3"):
+        head.encode(context, mask, actions[:, 0, :2])
     with pytest.raises(TypeError, match="RawActions.*normalize"):
         head((context, mask), RawActions(actions.numpy()))
     with pytest.raises(ValueError, match="horizon=0"):

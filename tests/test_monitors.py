@@ -86,7 +86,7 @@ class Distance(nn.Module):
         super().__init__()
         self.sign = sign
 
-    def encode(self, context: Tensor, context_mask: Tensor) -> Tensor:
+    def encode(self, context: Tensor, context_mask: Tensor, reference: Tensor) -> Tensor:
         return context[:, 0].reshape(-1, H, A)
 
     def forward(self, encoded: Any, actions: Tensor) -> Tensor:

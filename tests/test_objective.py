@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from vla_energy.config import PRESETS, EnergyConfig, HeadConfig, LossConfig
-from vla_energy.head import EnergyHead
+from vla_energy.config import PRESETS, EnergyConfig, LossConfig
+from vla_energy.head import EnergyHead, HeadOutput
 from vla_energy.objective import EnergyObjective
 
 S, D, H, A = 6, 16, 4, 3
@@ -14,7 +16,7 @@ S, D, H, A = 6, 16, 4, 3
 
 def make(config: EnergyConfig) -> tuple[EnergyHead, EnergyObjective]:
     torch.manual_seed(0)
-    config.head = HeadConfig(hidden_dim=32, num_heads=2, num_layers=1)
+    config.head = replace(config.head, hidden_dim=32, num_heads=2)
     head = EnergyHead(D, A, H, config)
     return head, EnergyObjective(head, config)
 
@@ -50,7 +52,7 @@ def test_a_short_training_ranks_held_out_experts_first() -> None:
     assert metrics["energy/win_rate/layer_exits"] > 0.9
     assert metrics["energy/spearman"] > 0.8
     assert metrics["energy/spearman/policy_noise"] > 0.3
-    assert metrics["energy/centre_l1"] < 0.2  # 0.5 at the start
+    assert metrics["energy/centre_l1_1"] < 0.2  # 0.5 at the start
 
 
 def test_the_centre_is_trained_by_its_own_loss_alone() -> None:
@@ -60,7 +62,7 @@ def test_the_centre_is_trained_by_its_own_loss_alone() -> None:
         _, objective = make(EnergyConfig(loss=LossConfig(centre=weight)))
         loss, metrics = objective(*batch(4, generator()), generator())
         losses[weight] = float(loss.detach())
-    error = float(metrics["energy/centre_l1"])
+    error = float(metrics["energy/centre_l1_0"] + metrics["energy/centre_l1_1"])
     assert losses[1.0] == pytest.approx(losses[0.0] + error, rel=1e-5)
     assert losses[2.0] == pytest.approx(losses[0.0] + 2 * error, rel=1e-5)
 
@@ -82,9 +84,9 @@ def test_the_head_is_called_once_a_step_with_the_expert_first() -> None:
     calls = []
 
     class Spy(torch.nn.Module):
-        def forward(self, context, actions):
+        def forward(self, context, actions, training_output):
             calls.append(actions)
-            return actions.mean((-2, -1))
+            return HeadOutput(actions.mean((-2, -1)), (), 1.0)
 
     objective = EnergyObjective(Spy(), EnergyConfig(loss=LossConfig(centre=0.0)))
     context, mask, expert, layer_actions = batch(3, generator())
@@ -110,8 +112,8 @@ def test_presets_are_finite_with_a_batch_of_one(name: str, rows: int) -> None:
 def test_a_perfect_energy_has_perfect_metrics() -> None:
     context, mask, expert, layer_actions = batch(4, generator())
 
-    def energy(_, actions):
-        return (actions - expert[:, None]).abs().mean((-2, -1)) / 0.03
+    def energy(_, actions, training_output):
+        return HeadOutput((actions - expert[:, None]).abs().mean((-2, -1)) / 0.03, (), 1.0)
 
     objective = EnergyObjective(energy, EnergyConfig(loss=LossConfig(centre=0.0)))  # type: ignore[arg-type]
     _, metrics = objective(context, mask, expert, layer_actions, generator())

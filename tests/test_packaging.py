@@ -60,7 +60,8 @@ def test_stage_files_are_the_presets(stage: str) -> None:
     config = draccus.parse(FinetuneConfig, config_path=ROOT / "configs" / f"{stage}.yaml", args=[])
     assert config.energy == EnergyConfig.preset(stage)
     rate, warm_steps = RATES.get(stage, (5e-4, 0))
-    assert (config.energy_learning_rate, config.energy_warm_steps) == (pytest.approx(rate), warm_steps)
+    learning_rate = config.energy_learning_rate * config.energy.guard.lr_factor
+    assert (learning_rate, config.energy_warm_steps) == (pytest.approx(rate), warm_steps)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -25,7 +25,7 @@ class Quadratic(nn.Module):
 
     context_dim, action_dim, horizon = D, A, H
 
-    def encode(self, context: Tensor, context_mask: Tensor) -> Tensor:
+    def encode(self, context: Tensor, context_mask: Tensor, reference: Tensor) -> Tensor:
         return context[:, 0, : H * A].reshape(-1, 1, H, A)
 
     def forward(self, encoded: Any, actions: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ def evaluate_ranking(
     tally, sources = _Tally(), ()
     with scoring(head):
         for context, mask, expert, layer_actions in batches:
-            encoded = head.encode(context, mask)
+            encoded = head.encode(context, mask, layer_actions[:, -1])
             kinds = _negatives(expert, layer_actions, generator)
             chunks = torch.cat([expert[:, None], *kinds.values()], 1)
             candidates = propose(

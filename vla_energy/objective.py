@@ -1,14 +1,19 @@
-"""The head's training objective: negatives, one forward of the head, losses -> `(loss, metrics)`."""
+"""The head's training objective: schedule, negatives, one forward of the head, losses -> `(loss, metrics)`."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vla_energy import losses
-from vla_energy.config import EnergyConfig
-from vla_energy.measures import spearman
-from vla_energy.negatives import NegativeSet, build_negatives
+from vla_energy.config import EnergyConfig, checks
+from vla_energy.head import HeadOutput
+from vla_energy.landscape import descent_alignment
+from vla_energy.sources import ActionTraits, NegativeSet, build_negatives
+from vla_energy.training_metrics import energy_metrics
 
 
 class EnergyObjective:
@@ -20,13 +25,14 @@ class EnergyObjective:
     share, an offset that depends on the context alone.
 
     Args:
-        head: called as `head((context, context_mask), actions (B,N,H,A)) -> (B,N)`, once a step, so that a
-            DDP-wrapped head synchronises its gradients. The objective owns no parameters.
-        config: uses `negatives`, `loss`, `temperature` and `range.anchor_weight`.
+        head: called as `head((context, context_mask, reference), actions (B,N,H,A), training_output=True)`, once a
+            step, so that a DDP-wrapped head synchronises its gradients. The objective owns no parameters.
+        config: uses `negatives`, `loss`, `range` and `head`.
+        traits: of the action space, for sources that scale or flip its dimensions.
     """
 
-    def __init__(self, head: nn.Module, config: EnergyConfig) -> None:
-        self.head, self.config = head, config
+    def __init__(self, head: Any, config: EnergyConfig, traits: ActionTraits | None = None) -> None:
+        self.head, self.config, self.traits = head, config, traits
 
     def __call__(
         self,
@@ -44,68 +50,108 @@ class EnergyObjective:
             context_mask: `(B,S)` bool, True = valid.
             expert: `(B,H,A)` normalised.
             layer_actions: `(B,L,H,A)` normalised, the policy's chunk last; detached here.
-            generator: draws the negatives.
+            generator: draws the negatives, and the rows that get no reference.
             step: optimiser step, for schedules.
 
         Raises:
             ValueError: the shapes do not fit together.
         """
-        negatives = build_negatives(self.config.negatives, expert, layer_actions[:, -1], layer_actions, generator)
-        actions = torch.cat([expert.detach().float()[:, None], negatives.chunks], 1)
-        inputs, weight = (context.detach(), context_mask), self.config.loss.centre
-        if weight:
-            energies, centre = self.head(inputs, actions, with_centre=True)
-            centre_error = (centre - actions[:, 0]).abs().mean()
-        else:
-            energies, centre_error = self.head(inputs, actions), actions.new_zeros(())
-        loss = self._loss(energies, negatives) + weight * centre_error
+        policy = layer_actions[:, -1].detach().float()
+        inputs = (context.detach(), context_mask, self._reference(policy, generator))
+        negatives = build_negatives(
+            self.config.negatives,
+            expert,
+            policy,
+            layer_actions,
+            generator,
+            self.traits,
+            energy_fn=lambda chunks: getattr(self.head, "module", self.head)(inputs, chunks),
+        )
+        chunks = torch.cat([expert.detach().float()[:, None], negatives.chunks], 1)
+        output: HeadOutput = self.head(inputs, chunks, training_output=True)
+        centre_errors: list[Tensor] = [(centre - chunks[:, 0]).abs().mean() for centre in output.centres]
+        loss, parts = self._ranking_loss(output, negatives, chunks, step)
+        if self.config.loss.centre:
+            loss = loss + self.config.loss.centre * sum(centre_errors)
         with torch.no_grad():
-            return loss, {
-                "energy/loss": loss.detach(),
-                "energy/centre_l1": centre_error.detach(),
-                **self._metrics(energies.detach(), negatives),
-            }
+            parts |= {"loss": loss, **{f"centre_l1_{i}": error for i, error in enumerate(centre_errors)}}
+            metrics = {f"energy/{name}": torch.as_tensor(value).detach() for name, value in parts.items()}
+            return loss, metrics | energy_metrics(output, negatives, self.config)
 
-    def _loss(self, energies: Tensor, negatives: NegativeSet) -> Tensor:
-        config, temperature = self.config.loss, self.config.temperature.value
-        valid = nn.functional.pad(negatives.valid, (1, 0), value=True)
-        distances = nn.functional.pad(negatives.distances, (1, 0))
-        weight = nn.functional.pad(negatives.weight, (1, 0), value=1.0)
-        loss = self.config.range.anchor_weight * losses.anchor(energies)
+    def alignment(self, context: Tensor, context_mask: Tensor, expert: Tensor, layer_actions: Tensor) -> Tensor:
+        """Mean over rows of cos(-dE/da, expert - a) at the policy's chunk, gradients of the head untouched; 0-d."""
+        head, policy = getattr(self.head, "module", self.head), layer_actions[:, -1].detach().float()
+        training = head.training
+        head.train(False)
+        try:
+            encoded = head.encode(context.detach(), context_mask, policy)
+            return descent_alignment(lambda chunks: head(encoded, chunks), policy[:, None], expert).mean()
+        finally:
+            head.train(training)
+
+    def _reference(self, policy: Tensor, generator: torch.Generator) -> Tensor:
+        """The policy's chunk, but NaN (none) in a share of the rows: the head must also work where it is not given."""
+        drawn = torch.rand(len(policy), generator=generator, device=generator.device).to(policy)
+        return policy.masked_fill((drawn < self.config.head.blind_share)[:, None, None], math.nan)
+
+    def _ranking_loss(
+        self, output: HeadOutput, negatives: NegativeSet, chunks: Tensor, step: int
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The weighted sum of all losses on energies, and each of them, unweighted, by name."""
+        config, (energies, _, temperature) = self.config.loss, output
+        valid, distances = nn.functional.pad(negatives.valid, (1, 0), value=True), _pad(negatives.distances, 0.0)
+        weight = _pad(negatives.weight, 1.0)
+        alpha = losses.mixed_alpha(step, config.mix_steps)
+        parts: dict[str, Any] = {"anchor": losses.anchor(energies), "temperature": temperature}
+        loss = self.config.range.anchor_weight * parts["anchor"]
         if config.info_nce:
-            loss = loss + config.info_nce * losses.info_nce(energies, temperature, valid, weight)
-        if config.listwise:
-            graded = losses.listwise(energies, distances, temperature, config.distance_scale, weight=weight)
-            loss = loss + config.listwise * graded
-        if config.margin:
-            loss = loss + config.margin * losses.margin(energies, config.margin_width, valid, weight)
-        return loss
+            log_q = self._log_q(chunks, negatives) if config.log_q else None
+            arguments = (energies, temperature, valid, weight, log_q, config.logit_clamp)
+            parts["info_nce"] = losses.info_nce(*arguments)
+            parts["chance"] = losses.chance(energies, valid, weight, log_q)
+            loss = loss + alpha * config.info_nce * parts["info_nce"]
+        graded = (energies, distances, temperature, config.distance_scale)
+        for name, function in (("listwise", losses.listwise), ("distance_regression", losses.distance_regression)):
+            if getattr(config, name):
+                parts[name] = function(*graded, weight=weight)  # near-positives stay in, with their distances
+                loss = loss + getattr(config, name) * parts[name]
+        for name, function in (("margin", losses.margin), ("hinge", losses.hinge)):
+            if getattr(config, name):
+                chosen = valid & self._margin_columns(negatives, name)
+                parts[name] = function(energies, config.margin_width, chosen, weight)
+                # Where a schedule is on, the margin makes room for InfoNCE (report, remedy 5).
+                share = 1 - alpha if config.mix_steps else 1.0
+                loss = loss + share * getattr(config, name) * parts[name]
+        if config.diversity:
+            parts["diversity"] = losses.diversity(energies, config.diversity_std, valid)
+            loss = loss + config.diversity * parts["diversity"]
+        return loss, parts
 
-    def _metrics(self, energies: Tensor, negatives: NegativeSet) -> dict[str, Tensor]:
-        valid, positive, others = negatives.valid, energies[:, :1], energies[:, 1:]
-        negative = (others * valid).sum() / valid.sum().clamp_min(1)
-        # Shares of negatives that do not beat the expert: 1, not NaN, where there is nothing to beat it.
-        lost = valid & (others <= positive)
-        logits = losses.logits_of(energies, self.config.temperature.value)
-        metrics = {
-            "positive": positive.mean(),
-            "negative": negative,
-            "gap": negative - positive.mean(),
-            "top1": 1 - lost.any(1).float().mean(),
-            "min": energies.min(),
-            "max": energies.max(),
-            "std": energies.std(unbiased=False),
-            "logits_min": logits.min(),
-            "logits_max": logits.max(),
-            "masked": (~valid).sum().float(),
-            "no_negatives": losses.count_no_negatives(energies, nn.functional.pad(valid, (1, 0), value=True)),
-            "empty_sources": energies.new_tensor(float(len(negatives.empty))),
-            "spearman": spearman(energies, nn.functional.pad(negatives.distances, (1, 0))),
-        }
-        for name, columns in negatives.sources.items():
-            count = valid[:, columns].sum().clamp_min(1)
-            metrics[f"win_rate/{name}"] = 1 - lost[:, columns].sum() / count
-        if "policy_noise" in negatives.sources:
-            near = slice(negatives.sources["policy"].start, negatives.sources["policy_noise"].stop)
-            metrics["spearman/policy_noise"] = spearman(others[:, near], negatives.distances[:, near])
-        return {f"energy/{name}": value for name, value in metrics.items()}
+    def _margin_columns(self, negatives: NegativeSet, name: str) -> Tensor:
+        """`(N,)` bool, column 0 the expert: the negatives that the margin looks at."""
+        names = self.config.loss.margin_sources if name == "margin" else ()
+        known = f"among what is drawn here: {', '.join(negatives.sources)}"
+        checks.require(set(names) <= set(negatives.sources), "loss.margin_sources", names, known)
+        columns = torch.full((1 + len(negatives.weight),), not names, device=negatives.weight.device)
+        for source in names:
+            columns[1:][negatives.sources[source]] = True
+        columns[0] = True
+        return columns
+
+    def _log_q(self, chunks: Tensor, negatives: NegativeSet) -> Tensor:
+        """`(B,N)`: how common the expert's and the in-batch chunks are in this batch; 0 elsewhere."""
+        log_q = torch.zeros(chunks.shape[:2], device=chunks.device)
+        # Times B, so that a chunk that occurs once has 0, as the chunks of the other sources.
+        frequency = losses.log_frequency(chunks[:, 0], self.config.loss.log_q_width) + math.log(len(chunks))
+        log_q[:, 0] = frequency
+        columns = negatives.sources.get("in_batch")
+        if columns is not None:
+            # A chunk of another row is found again by equality: sources carry chunks, not row numbers.
+            drawn = chunks[:, 1:][:, columns]
+            same = (drawn[:, :, None] == chunks[None, None, :, 0]).flatten(3).all(3)
+            log_q[:, 1:][:, columns] = frequency[same.float().argmax(2)]
+        return log_q
+
+
+def _pad(values: Tensor, first: float) -> Tensor:
+    return nn.functional.pad(values, (1, 0), value=first)

@@ -42,8 +42,8 @@ class ScoringHead(Protocol):
     horizon: int
     training: bool
 
-    def encode(self, context: Tensor, context_mask: Tensor, /) -> Any:
-        """Reads `context (B,S,D)` with `context_mask (B,S)`; the result goes to `__call__`."""
+    def encode(self, context: Tensor, context_mask: Tensor, reference: Tensor, /) -> Any:
+        """Reads `context (B,S,D)` with `context_mask (B,S)` and the policy's chunk `(B,H,A)`; goes to `__call__`."""
         ...
 
     def __call__(self, encoded: Any, actions: Tensor, /) -> Tensor:
@@ -197,7 +197,10 @@ class Reranker:
             raise ValueError(f"context {tuple(context.shape)} for candidates {tuple(candidates.shape)}")
         self._check_dims(candidates.shape[2], candidates.shape[3], context.shape[2])
         with scoring(self.head):
-            encoded = self.head.encode(context, context_mask)
+            # A policy's chunk that is not finite is no reference.
+            reference = candidates[:, 0].float()
+            reference = reference.masked_fill(~reference.isfinite().all(2).all(1)[:, None, None], math.nan)
+            encoded = self.head.encode(context, context_mask, reference)
             result = rerank(lambda actions: self.head(encoded, actions), candidates, self.margin)
         self._count(candidates, result)
         return result

@@ -94,6 +94,8 @@ def resume(trainer: Trainer) -> None:
     if trainer.head is not None and trainer.guard is not None:
         trainer.head.load_state_dict(state["head"])
         trainer.guard.load_state_dict(state["guard"])
+    if trainer.monitor is not None:
+        trainer.monitor.load_state_dict(state["monitor"])
     trainer.generator.set_state(state["generator"])
     torch.set_rng_state(state["random"])
 
@@ -154,6 +156,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "optimizer": None if trainer.optimizer is None else trainer.optimizer.state_dict(),
         "head": trainer.head.state_dict() if with_head and trainer.head is not None else None,
         "guard": trainer.guard.state_dict() if with_head and trainer.guard is not None else None,
+        "monitor": None if trainer.monitor is None else trainer.monitor.state_dict(),
         "generator": trainer.generator.get_state(),
         "random": torch.get_rng_state(),
     }

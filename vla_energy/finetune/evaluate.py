@@ -106,7 +106,7 @@ def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: _Fram
     for raw in split.batches(size, repeat=False, drop_last=False):
         batch = job.to_batch(raw, crop=config.image_aug)
         with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = job.vla(batch)
+            output = job.vla(batch, "normed" if config.energy.negatives.layer_exits.normed else "raw")
         assert output.layer_actions is not None
         frames.add((output.actions.float() - batch["actions"]).abs(), raw["episode"])
         yield output.context.float(), output.context_mask, batch["actions"], output.layer_actions.float()

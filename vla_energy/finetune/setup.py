@@ -13,6 +13,7 @@ from vla_energy.actions import DatasetStatistics
 from vla_energy.backbones import CheckpointFolderError, LoadedVLA, OpenVLAConfig, load_openvla
 from vla_energy.backbones.config import ComponentError
 from vla_energy.backbones.lora import add_lora
+from vla_energy.backbones.openvla import LayerExits
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.data import RldsDataset, dataset_config
 from vla_energy.data.augment import center_crop
@@ -148,6 +149,13 @@ def _check_length(config: FinetuneConfig, vla: LoadedVLA) -> None:
     longest = (limit - patches - 64) // vla.action_dim
     if vla.horizon > longest:
         raise FlagError(f"--horizon {vla.horizon}: the model's {limit} positions hold chunks of at most {longest}")
+
+
+def layer_exits(config: FinetuneConfig) -> LayerExits:
+    """How inner layers are decoded: not at all without an energy head."""
+    if not config.energy.enabled:
+        return "off"
+    return "normed" if config.energy.negatives.layer_exits.normed else "raw"
 
 
 def make_head(config: FinetuneConfig, vla: LoadedVLA) -> EnergyHead:

@@ -18,9 +18,11 @@ from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
-from vla_energy.finetune.setup import Batch, make_head, open_split, prepare
+from vla_energy.finetune.monitor import Monitor
+from vla_energy.finetune.setup import Batch, layer_exits, make_head, open_split, prepare
 from vla_energy.guard import GuardedOptimizer
 from vla_energy.objective import EnergyObjective
+from vla_energy.sources import ActionTraits, check_sources
 
 logger = logging.getLogger(__name__)
 
@@ -47,19 +49,33 @@ class Trainer:
         self.optimizer = (
             torch.optim.AdamW(self.parameters, lr=config.learning_rate, fused=True) if self.trains_policy else None
         )
-        self.head = self.guard = self.objective = None
+        self.head = self.guard = self.objective = self.monitor = None
         self.gate: dict[str, Any] | None = None  # of the last validation; its margin goes into the head's file
         self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives alone
         if config.energy.enabled:
             self.head = make_head(config, self.job.vla).to(self.job.device)
-            self.objective = EnergyObjective(self.head, config.energy)
+            traits = self._check_sources()
+            self.objective = EnergyObjective(self.head, config.energy, traits)
             self.guard = GuardedOptimizer.adamw(
-                self.head.parameters(), config.energy_learning_rate, config.energy.guard, config.energy_warm_steps
+                self.head.parameter_groups(),
+                config.energy_learning_rate * config.energy.guard.lr_factor,
+                config.energy.guard,
+                config.energy_warm_steps,
             )
+            self.monitor = Monitor(config.energy.monitor, self.objective, self.guard)
         self.step = 0
         torch.manual_seed(config.seed)
         if config.resume:
             checkpoints.resume(self)
+
+    def _check_sources(self) -> ActionTraits:
+        """Says what the sources of negatives cannot do with this batch size, model and data."""
+        config, vla = self.config, self.job.vla
+        traits = ActionTraits.of(self.job.statistics)
+        shape = (config.batch_size, vla.num_layers + 1, vla.horizon, vla.action_dim)
+        for warning in check_sources(config.energy.negatives, *shape, traits):
+            logger.warning("%s", warning)
+        return traits
 
     def run(self) -> dict[str, Any]:
         """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics."""
@@ -107,19 +123,23 @@ class Trainer:
     def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
         """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
         metrics: dict[str, Tensor | float] = {}
+        seen = None
         for _ in range(self.config.grad_accumulation_steps):
             batch = self.job.to_batch(next(batches))
             output = self._forward_policy(batch, metrics)
-            self._backward_energy(output, batch, metrics)
+            seen = self._backward_energy(output, batch, metrics)
         if self.optimizer is not None:
             self._step_policy()
         if self.guard is not None:
             metrics.update(self.guard.step().metrics())
+        if self.monitor is not None and seen is not None:
+            self.monitor.add(metrics)
+            metrics.update(self.monitor.judge(self.step + 1, seen))
         return metrics
 
     def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput:
         """Forward, and backward where the policy is trained; adds the L1 metrics."""
-        exits = "off" if self.head is None else "raw"
+        exits = layer_exits(self.config)
         vla = self.job.vla.train(self.trains_policy)
         with torch.set_grad_enabled(self.trains_policy), self.autocast():
             output = vla(batch, exits)
@@ -133,20 +153,19 @@ class Trainer:
         metrics["train/l1_next"] = errors[:, 1:].mean() if errors.shape[1] > 1 else errors.mean()
         return output
 
-    def _backward_energy(self, output: VLAOutput, batch: Batch, metrics: dict[str, Tensor | float]) -> None:
+    def _backward_energy(
+        self, output: VLAOutput, batch: Batch, metrics: dict[str, Tensor | float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Forward and backward of the objective; adds its metrics and returns what it saw."""
         if self.objective is None:
-            return
+            return None
         assert output.layer_actions is not None
-        loss, energy = self.objective(
-            output.context.detach(),
-            output.context_mask,
-            batch["actions"],
-            output.layer_actions.detach().float(),
-            self.generator,
-            self.step,
-        )
+        layers = output.layer_actions.detach().float()
+        seen = (output.context.detach(), output.context_mask, batch["actions"], layers)
+        loss, energy = self.objective(*seen, self.generator, self.step)
         (loss / self.config.grad_accumulation_steps).backward()
         metrics.update(energy)
+        return seen
 
     def _step_policy(self) -> None:
         config, optimizer = self.config, self.optimizer

@@ -1,0 +1,125 @@
+"""Settings of the energy head, its range, and of inference."""
+
+from dataclasses import dataclass
+
+from vla_energy.config import checks
+
+HEADS = ("residual", "original")
+
+RANGES: dict[str, tuple[float, float, float]] = {
+    "sigmoid": (1.0, 1.0, 1e-6),
+    "relu_scaled": (10.0, 1.0, 1e-3),
+    "softplus": (2.0, 0.5, 1e-3),
+    "bounded": (9.9, 1.0, 0.1),
+    "softplus_scaled": (5.0, 0.1, 1e-3),
+    "linear": (1.0, 1.0, 0.0),
+}
+"""Default (scale, slope, offset) of each range `scale * f(slope * raw) + offset`; report, remedies 1, 1a, 1b, 1c."""
+
+
+@dataclass
+class HeadConfig:
+    """Kind and size of the energy head.
+
+    Attributes:
+        name: `residual`, ours, or `original`, the head whose training failed.
+        hidden_dim: width; a multiple of `num_heads`.
+        num_layers: of ours; the original has one cross-attention.
+        deviation_scale: an action's deviation from the centre that the head predicts from the context is measured in
+            this unit (normalised action units): the size of a good policy's error, where candidates must be told apart.
+        reference: of ours: measure deviations from the policy's own chunk, corrected, where the caller gives one.
+        blind_share: of ours: share of training rows without a reference, so that the head also works without one.
+        per_step: of the original: False scores the mean of the attended steps (its first version), True takes the mean
+            of the steps' energies (its second).
+    """
+
+    name: str = "residual"
+    hidden_dim: int = 64
+    num_heads: int = 2
+    num_layers: int = 1
+    dropout: float = 0.0
+    deviation_scale: float = 0.05
+    reference: bool = True
+    blind_share: float = 0.1
+    per_step: bool = False
+
+    def __post_init__(self) -> None:
+        checks.one_of("head.name", self.name, HEADS)
+        for name in ("hidden_dim", "num_heads", "num_layers"):
+            checks.count(f"head.{name}", getattr(self, name), 1)
+        multiple = self.hidden_dim % self.num_heads == 0
+        checks.require(multiple, "head.hidden_dim", self.hidden_dim, f"a multiple of head.num_heads={self.num_heads}")
+        checks.share("head.dropout", self.dropout)
+        checks.positive("head.deviation_scale", self.deviation_scale)
+        checks.flag("head.per_step", self.per_step)
+        checks.flag("head.reference", self.reference)
+        checks.share("head.blind_share", self.blind_share)
+
+
+@dataclass
+class RangeConfig:
+    """Energy range `scale * f(slope * raw) + offset` (report, remedy 1), f given by `name`.
+
+    Attributes:
+        name: sigmoid, relu_scaled, softplus, bounded, softplus_scaled or linear.
+        scale, slope, offset: the constants; None takes the name's own, see `RANGES`.
+        anchor_weight: weight of the mean of E^2 in the loss; removes the null direction of row-wise losses, an offset
+            that depends on the context alone.
+    """
+
+    name: str = "linear"
+    scale: float | None = None
+    slope: float | None = None
+    offset: float | None = None
+    anchor_weight: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks.one_of("range.name", self.name, RANGES)
+        scale, slope, offset = self.constants()
+        checks.positive("range.scale", scale)
+        checks.positive("range.slope", slope)
+        checks.require(checks.is_number(offset), "range.offset", offset, "a finite number")
+        checks.not_negative("range.anchor_weight", self.anchor_weight)
+
+    def constants(self) -> tuple[float, float, float]:
+        """(scale, slope, offset), each the field's value or the name's own."""
+        scale, slope, offset = RANGES[self.name]
+        return (
+            scale if self.scale is None else self.scale,
+            slope if self.slope is None else self.slope,
+            offset if self.offset is None else self.offset,
+        )
+
+
+@dataclass
+class CandidatesConfig:
+    """Proposals at inference; the policy's own chunk always comes first.
+
+    Attributes:
+        num_candidates: noisy copies of the policy's chunk, spread over `noise_stds`.
+        noise_stds: standard deviations in normalised action units.
+        layer_exits: add the chunks decoded from inner layers.
+    """
+
+    num_candidates: int = 16
+    noise_stds: tuple[float, ...] = (0.02, 0.05, 0.1)
+    layer_exits: bool = True
+
+    def __post_init__(self) -> None:
+        checks.count("candidates.num_candidates", self.num_candidates)
+        checks.stds("candidates.noise_stds", self.noise_stds, self.num_candidates)
+        checks.flag("candidates.layer_exits", self.layer_exits)
+
+
+@dataclass
+class RerankConfig:
+    """The gate of the reranker.
+
+    Attributes:
+        margin: a candidate replaces the policy's chunk only if its energy is lower by more than this.
+    """
+
+    margin: float = 0.5
+
+    def __post_init__(self) -> None:
+        checks.not_negative("rerank.margin", self.margin)

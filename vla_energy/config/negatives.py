@@ -1,0 +1,199 @@
+"""Settings of the sources of negatives (report, remedy 3); `count=0` turns a source off.
+
+`weight` is what each chunk of a source counts in the losses.
+"""
+
+from dataclasses import dataclass, field
+
+from vla_energy.config import checks
+
+
+def _source(name: str, count: int, weight: float) -> None:
+    checks.count(f"negatives.{name}.count", count)
+    checks.positive(f"negatives.{name}.weight", weight)
+
+
+@dataclass
+class LayerExitsConfig:
+    """Chunks decoded from inner layers; layer 0 (a constant) and the last (the policy) are left out.
+
+    Attributes:
+        count: at most so many, spread evenly over the inner layers and ending with the last of them; 0 is off.
+        layers: these layers instead of a spread of `count` (which then only has to be above 0); empty is the spread.
+        normed: pass inner states through the language model's final norm before the action head decodes them, as the
+            last layer's are; the report's exits are raw.
+    """
+
+    count: int = 4
+    weight: float = 1.0
+    layers: tuple[int, ...] = ()
+    normed: bool = False
+
+    def __post_init__(self) -> None:
+        _source("layer_exits", self.count, self.weight)
+        for layer in self.layers:
+            checks.count("negatives.layer_exits.layers", layer, 1)
+        checks.flag("negatives.layer_exits.normed", self.normed)
+
+
+@dataclass
+class ExpertNoiseConfig:
+    """Gaussian noise on the expert chunk.
+
+    Attributes:
+        stds: standard deviations in normalised action units.
+        count: chunks per standard deviation; 0 is off.
+        per_dimension: scale the noise by each dimension's spread in the demonstrations, see `noise.noise_scale`.
+    """
+
+    count: int = 2
+    weight: float = 1.0
+    stds: tuple[float, ...] = (0.1, 0.3, 0.5)
+    per_dimension: bool = False
+
+    def __post_init__(self) -> None:
+        _source("expert_noise", self.count, self.weight)
+        checks.stds("negatives.expert_noise.stds", self.stds, self.count)
+        checks.flag("negatives.expert_noise.per_dimension", self.per_dimension)
+
+
+@dataclass
+class PolicyNoiseConfig:
+    """The policy's own chunk, and Gaussian noise on it: the region in which inference chooses.
+
+    Attributes:
+        stds: standard deviations in normalised action units, around the size of the policy's error.
+        count: noisy chunks per standard deviation, beside the policy's own chunk; 0 turns the noise and the chunk off.
+        per_dimension: as in `ExpertNoiseConfig`.
+        correlation: of the noise at neighbouring steps; inference proposes smooth noise (0.9), so training meets it.
+    """
+
+    count: int = 2
+    weight: float = 1.0
+    stds: tuple[float, ...] = (0.02, 0.05, 0.1)
+    per_dimension: bool = False
+    correlation: float = 0.0
+
+    def __post_init__(self) -> None:
+        _source("policy_noise", self.count, self.weight)
+        checks.stds("negatives.policy_noise.stds", self.stds, self.count)
+        checks.flag("negatives.policy_noise.per_dimension", self.per_dimension)
+        checks.share("negatives.policy_noise.correlation", self.correlation)
+
+
+@dataclass
+class ShuffleConfig:
+    """The expert's steps in another order, no step in its own place (a derangement for each row)."""
+
+    count: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _source("shuffle", self.count, self.weight)
+
+
+@dataclass
+class ShiftConfig:
+    """The expert's chunk early or late by up to `max_steps` steps; the ends repeat the first or last step."""
+
+    count: int = 0
+    weight: float = 1.0
+    max_steps: int = 3
+
+    def __post_init__(self) -> None:
+        _source("shift", self.count, self.weight)
+        checks.count("negatives.shift.max_steps", self.max_steps, 1)
+
+
+@dataclass
+class AmplitudeConfig:
+    """The expert's chunk, all but the gripper, times each of `factors`.
+
+    Attributes:
+        count: 1 is on, one chunk a factor; 0 is off.
+    """
+
+    count: int = 0
+    weight: float = 1.0
+    factors: tuple[float, ...] = (0.5, 1.5)
+
+    def __post_init__(self) -> None:
+        _source("amplitude", self.count, self.weight)
+        checks.stds("negatives.amplitude.factors", self.factors, self.count)
+        checks.require(1.0 not in self.factors, "negatives.amplitude.factors", self.factors, "no factor of 1")
+
+
+@dataclass
+class GripperFlipConfig:
+    """The expert's chunk with the gripper open where it was closed; count 1 is on, 0 is off."""
+
+    count: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _source("gripper_flip", self.count, self.weight)
+        checks.require(self.count <= 1, "negatives.gripper_flip.count", self.count, "0 or 1, there is but one")
+
+
+@dataclass
+class InBatchConfig:
+    """Expert chunks of other rows of the batch.
+
+    Attributes:
+        count: at most so many of the other B - 1 rows, drawn without replacement; 0 is off.
+    """
+
+    count: int = 7
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _source("in_batch", self.count, self.weight)
+
+
+@dataclass
+class HardConfig:
+    """The chunks of lowest energy among `pool` chunks drawn around expert and policy and from other rows.
+
+    Costs one more scoring of `pool` chunks a step, without gradient.
+    """
+
+    count: int = 0
+    weight: float = 1.0
+    pool: int = 64
+
+    def __post_init__(self) -> None:
+        _source("hard", self.count, self.weight)
+        checks.count("negatives.hard.pool", self.pool, 1)
+        checks.require(self.count <= self.pool, "negatives.hard.count", self.count, f"at most hard.pool={self.pool}")
+
+
+SOURCES = (
+    "layer_exits", "expert_noise", "policy_noise", "shuffle", "shift", "amplitude", "gripper_flip", "in_batch", "hard",
+)  # fmt: skip
+"""Names of the sources, the fields of `NegativesConfig`."""
+
+
+@dataclass
+class NegativesConfig:
+    """Sources of negatives (report, remedy 3).
+
+    Attributes:
+        near_positive_threshold: a negative nearer to the expert than this (mean absolute distance, normalised units)
+            is no negative: one-hot losses leave it out and count it, graded ones keep it.
+    """
+
+    layer_exits: LayerExitsConfig = field(default_factory=LayerExitsConfig)
+    expert_noise: ExpertNoiseConfig = field(default_factory=ExpertNoiseConfig)
+    policy_noise: PolicyNoiseConfig = field(default_factory=PolicyNoiseConfig)
+    in_batch: InBatchConfig = field(default_factory=InBatchConfig)
+    shuffle: ShuffleConfig = field(default_factory=ShuffleConfig)
+    shift: ShiftConfig = field(default_factory=ShiftConfig)
+    amplitude: AmplitudeConfig = field(default_factory=AmplitudeConfig)
+    gripper_flip: GripperFlipConfig = field(default_factory=GripperFlipConfig)
+    hard: HardConfig = field(default_factory=HardConfig)
+    near_positive_threshold: float = 0.02
+
+    def __post_init__(self) -> None:
+        checks.not_negative("negatives.near_positive_threshold", self.near_positive_threshold)
+        counts = {name: getattr(self, name).count for name in SOURCES}
+        checks.require(any(counts.values()), "negatives.*.count", counts, "at least one source above 0")
