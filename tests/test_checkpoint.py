@@ -122,8 +122,8 @@ def test_foreign_files(tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_never_replace_good_ones(saved: Path) -> None:
     head, good = _head(), saved.read_bytes()
     with torch.no_grad():
-        head.scorer.energy_out.bias.fill_(float("nan"))
-    with pytest.raises(CheckpointError, match=r"not finite: scorer\.energy_out\.bias"):
+        head.scorer.factor.bias.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match=r"not finite: scorer\.factor\.bias"):
         save_head(saved, head, 7, None)
     assert saved.read_bytes() == good
 

@@ -19,9 +19,14 @@ B, S, D, N, H, A = 3, 7, 12, 5, 4, 3
 
 def make_head(seed: int = 0, **changes) -> EnergyHead:
     torch.manual_seed(seed)
-    config = EnergyConfig(head=HeadConfig(hidden_dim=16, num_heads=2, num_layers=2), **changes)
+    # Without a loss of its own the centre learns from the energies, so that all parameters take part.
+    config = EnergyConfig(
+        head=HeadConfig(hidden_dim=16, num_heads=2, num_layers=2), loss=LossConfig(centre=0.0), **changes
+    )
     head = EnergyHead(D, A, H, config)
-    torch.nn.init.normal_(head.scorer.energy_out.weight)  # energies far from their small start, so that errors show
+    torch.nn.init.normal_(head.scorer.factor.weight)  # a factor far from its start of 1, so that errors show
+    torch.nn.init.normal_(head.scorer.correction[-1].weight, std=0.1)
+    torch.nn.init.normal_(head.scorer.certainty.weight, std=0.3)
     return head
 
 
@@ -41,7 +46,8 @@ def test_energies_start_small_fp32_even_under_autocast_and_bf16_contexts() -> No
         energies = head((context.bfloat16(), mask), actions)
     assert energies.dtype == torch.float32
     assert energies.shape == (B, N)
-    assert energies.abs().max() < 2
+    distances = (actions - head.encode(context, mask).centre[:, None]).abs().mean((2, 3)) / 0.05
+    assert (energies / distances - 1).abs().max() < 0.5
     assert torch.equal(energies, plain)
     with pytest.raises(TypeError, match="float32"):
         head.bfloat16()((context, mask), actions)
@@ -112,10 +118,19 @@ def test_attention_equals_torchs() -> None:
     torch.testing.assert_close(attend(queries, keys, values, bias), expected, atol=1e-6, rtol=1e-5)
 
 
+def test_a_centre_with_a_loss_of_its_own_gets_no_gradient_from_energies() -> None:
+    torch.manual_seed(0)
+    head, (context, mask, actions) = EnergyHead(D, A, H, EnergyConfig()), inputs()
+    energies, centres, _ = head((context, mask, actions[:, 0]), actions, training_output=True)
+    own = (*head.scorer.correction.parameters(), *head.scorer.blind.parameters())
+    assert all(g is None for g in torch.autograd.grad(energies.sum(), own, retain_graph=True, allow_unused=True))
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(sum(c.square().sum() for c in centres), own[2:]))
+
+
 def test_every_parameter_learns_and_scale_and_shift_of_actions_are_seen() -> None:
     head, (context, mask, actions) = make_head(), inputs()
-    energies = head((context, mask), actions)
-    energies.square().sum().backward()
+    energies, centres, _ = head((context, mask, actions[:, 0]), actions, training_output=True)
+    (energies.square().sum() + sum(centre.square().sum() for centre in centres)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
     assert (head((context, mask), 3 * actions + 0.4) - energies).abs().min() > 1e-3
 
@@ -151,7 +166,8 @@ def test_every_range_gives_finite_energies(name: str) -> None:
 
 def test_the_start_ranks_by_distance_to_the_reference() -> None:
     head, (context, mask, actions) = make_head(), inputs()
-    torch.nn.init.zeros_(head.scorer.energy_out.weight)
+    for start in (head.scorer.factor, head.scorer.correction[-1], head.scorer.certainty):
+        torch.nn.init.zeros_(start.weight)
     energies = head((context, mask, actions[:, 0]), actions)
     distances = (actions - actions[:, :1]).abs().mean((2, 3))
     assert torch.equal(energies.argsort(1), distances.argsort(1))

@@ -155,7 +155,7 @@ def test_from_checkpoint_in_inference_mode_without_dropout(
         first, second = (reranker(*problem) for _ in range(2))
     assert torch.equal(first.energies, second.energies)
     assert reranker.head.training, "the caller's mode is restored"
-    expected = head.eval()((problem[0], problem[1]), problem[2])
+    expected = head.eval()((problem[0], problem[1], problem[2][:, 0]), problem[2])
     torch.testing.assert_close(first.energies, expected.detach())
     save_head(tmp_path, head, 4, _statistics())
     with pytest.raises(CheckpointError, match="2 files"):

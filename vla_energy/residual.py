@@ -4,8 +4,10 @@
 - No LayerNorm touches raw actions: it would make `E(a) = E(3a + 0.4)`.
 - Chunks are told apart near a *centre*, in units of a good policy's error. The centre is the policy's own chunk (the
   `reference`), corrected by what the context says; where no reference is given, a chunk predicted from the context.
-- The energy starts as a distance to the centre, weighted by how sure the context makes each number of the chunk (up to
-  a constant, the negative log-likelihood of a Laplace distribution), and the network adds what that misses.
+- The energy is a distance to the centre, weighted by how sure the context makes each number of the chunk (up to a
+  constant, the negative log-likelihood of a Laplace distribution), times a factor that a network reads off the chunk
+  and the context. A network whose output is *added* learns faster and ranks held-out chunks around the policy worse
+  than the plain distance to the policy's chunk does: docs/stability.md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from vla_energy.ranges import apply_range
 
 _CENTRE_BOUND = 1.5  # normalised actions lie in [-1, 1]; the centre may overshoot a little
 _MASKED = -1e30  # far below any score, and finite: -inf times zero is NaN in a backward pass
+_CERTAINTY_BOUND, _FACTOR_BOUND = 1.0, 1.0  # of the logarithms: what is learnt must not drown the distance
 _ROUNDING = 0.2  # in units of `deviation_scale`: below it the distance is smooth, for descent on the energy
 
 
@@ -112,6 +115,11 @@ class Block(nn.Module):
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
 
+def _bounded_exp(logarithm: Tensor, bound: float) -> Tensor:
+    """A positive factor between `exp(-bound)` and `exp(bound)`, 1 at 0."""
+    return (bound * torch.tanh(logarithm / bound)).exp()
+
+
 def _split(tokens: Tensor, heads: int) -> Tensor:
     return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
@@ -150,11 +158,11 @@ class ResidualScorer(nn.Module):
         self.action_in = nn.Linear(6 * action_dim, hidden)
         self.step_in = nn.Linear(hidden, hidden)
         self.step_embedding = nn.Parameter(0.02 * torch.randn(horizon, hidden))
-        self.energy_out = nn.Linear(hidden, 1)
+        self.factor = nn.Linear(hidden, 1)
         for start in (*self.correction[-1].parameters(), *self.certainty.parameters()):
             nn.init.zeros_(start)
-        nn.init.normal_(self.energy_out.weight, std=0.02)
-        nn.init.zeros_(self.energy_out.bias)
+        nn.init.normal_(self.factor.weight, std=0.02)
+        nn.init.zeros_(self.factor.bias)
 
     def encode(self, context: Tensor, mask: Tensor, reference: Tensor | None = None) -> EncodedContext:
         """Reads the contexts once.
@@ -173,27 +181,33 @@ class ResidualScorer(nn.Module):
         blind = _CENTRE_BOUND * torch.tanh(self.blind(steps) / _CENTRE_BOUND)
         if not self.config.head.reference:
             reference = None
-        known = blind.detach() if reference is None else torch.where(reference.isnan(), blind.detach(), reference)
-        gap = torch.asinh((blind.detach() - known) / self.config.head.deviation_scale)
+        guess = self._learnt_alone(blind)
+        known = guess if reference is None else torch.where(reference.isnan(), guess, reference)
+        gap = torch.asinh((guess - known) / self.config.head.deviation_scale)
         centre = known + self.config.head.deviation_scale * self.correction(torch.cat([steps, known, gap], -1))
         keys, values = zip(*(remember(memory) for remember in self.scorer_memories), strict=True)
-        certainty = self.certainty(steps).exp()
+        certainty = _bounded_exp(self.certainty(steps), _CERTAINTY_BOUND)
         return EncodedContext(keys, values, bias, self.step_in(steps), certainty, centre, blind, known)
 
     def energies(self, encoded: EncodedContext, actions: Tensor) -> Tensor:
         """Energies `(B,N)` of `actions (B,N,H,A)` fp32."""
         unit = self.config.head.deviation_scale
-        deviation = (actions - encoded.centre[:, None]) / unit
+        deviation = (actions - self._learnt_alone(encoded.centre)[:, None]) / unit
         x = self._embed(encoded, actions, deviation)
         for block, keys, values in zip(self.scorers, encoded.keys, encoded.values, strict=True):
             x = block(x, keys, values, encoded.bias)
         distance = (deviation.square() + _ROUNDING**2).sqrt() - _ROUNDING
-        raw = (encoded.certainty[:, None] * distance).mean((2, 3)) + self.energy_out(x.mean(2)).squeeze(-1)
+        factor = _bounded_exp(self.factor(x.mean(2)).squeeze(-1), _FACTOR_BOUND)
+        raw = factor * (encoded.certainty[:, None] * distance).mean((2, 3))
         return apply_range(raw, self.config.range)
 
     def centres(self, encoded: EncodedContext) -> tuple[Tensor, ...]:
         """The centre and the one that the context alone predicts, both `(B,H,A)`, to be trained to the expert's."""
         return encoded.centre, encoded.blind
+
+    def _learnt_alone(self, centre: Tensor) -> Tensor:
+        """Without gradient where the centre has a loss of its own: ranking losses moved it away from the expert's."""
+        return centre.detach() if self.config.loss.centre else centre
 
     def _embed(self, encoded: EncodedContext, actions: Tensor, deviation: Tensor) -> Tensor:
         """Action tokens `(B,N,H,hidden)`: the action, its deviations in fine and coarse units, step and context."""
