@@ -20,6 +20,10 @@ from vla_energy.rerank import ScoringHead, choose, scoring
 NOISE_STDS = (0.1, 0.3, 0.5)
 """Standard deviations of the noise on the expert against which win rates are told (report, remedy 3)."""
 
+NEAR, FAR = 0.05, 0.3
+"""Distances (mean absolute, normalised units): of the kind `at_0.05`, about a good policy's error, and from which on a
+negative of any kind also counts as `far`."""
+
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 """`context (B,S,D)`, `context_mask (B,S)`, `expert (B,H,A)`, `layer_actions (B,L,H,A)` with the policy's chunk last."""
 
@@ -35,7 +39,8 @@ class RankingReport:
     """What `evaluate_ranking` measured on M frames.
 
     Attributes:
-        metrics: `energy`: `win_rate` per kind of negative, `spearman` over the candidates, `nonfinite` share of
+        metrics: `energy`: `win_rate` per kind of negative, `spearman` over the candidates, `spearman_to_policy`, the
+            same for the plain distance to the policy's chunk, which a head should beat, `nonfinite` share of
             candidates' energies; `rerank`: `l1_policy`, `l1_reranked` (ungated), `l1_gated`, `l1_oracle`, and `kept`,
             the share of frames on which the gate keeps the policy's chunk; `frames`. A kind that the data do not offer
             (no inner layer, one frame a batch) is left out.
@@ -56,6 +61,7 @@ class _Tally:
     pairs: dict[str, float] = field(default_factory=dict)
     energies: list[Tensor] = field(default_factory=list)
     distances: list[Tensor] = field(default_factory=list)
+    to_policy: list[Tensor] = field(default_factory=list)
 
     def add(self, kind: str, energies: Tensor, valid: Tensor) -> None:
         wins, pairs = wins_and_pairs(energies, valid)
@@ -105,6 +111,7 @@ def evaluate_ranking(
             both = torch.cat([chunks, candidates.actions.to(chunks.dtype)], 1)
             energies, distances = head(encoded, both).float(), chunk_distance(both, expert)
             valid = distances > config.negatives.near_positive_threshold
+            tally.add("far", energies[:, : chunks.shape[1]], (distances >= FAR)[:, : chunks.shape[1]])
             start = 1
             for kind, negatives in kinds.items():
                 columns = [0, *range(start, start + negatives.shape[1])]
@@ -114,6 +121,7 @@ def evaluate_ranking(
                     tally.add("layer_exits", energies[:, columns], valid[:, columns])
             tally.energies.append(energies[:, start:].cpu())
             tally.distances.append(distances[:, start:].cpu())
+            tally.to_policy.append(chunk_distance(candidates.actions, candidates.actions[:, 0]).cpu())
     if not tally.energies:
         raise ValueError("no held-out batch to evaluate on")
     return _report(tally, sources, config.rerank.margin if margin is None else margin)
@@ -129,6 +137,7 @@ def _report(tally: _Tally, sources: tuple[str, ...], margin: float) -> RankingRe
         "energy": {
             "win_rate": win_rates,
             "spearman": float(spearman(energies, distances)),
+            "spearman_to_policy": float(spearman(torch.cat(tally.to_policy), distances)),
             "nonfinite": float((~raw.isfinite()).float().mean()),
         },
         "rerank": {
@@ -153,6 +162,9 @@ def _negatives(expert: Tensor, layer_actions: Tensor, generator: torch.Generator
     for std in NOISE_STDS:
         noise = torch.randn(expert.shape, generator=generator, device=source).to(expert)
         kinds[f"noise_{std:g}"] = (expert + std * noise)[:, None]
+    noise = torch.randn(expert.shape, generator=generator, device=source).to(expert)
+    noise = NEAR * noise / noise.abs().mean((1, 2), keepdim=True)
+    kinds[f"at_{NEAR:g}"] = (expert + noise)[:, None]
     if horizon > 1:
         # Each step gets the next one's place in a random cycle: a permutation of the row's own without a fixed point.
         order = torch.rand(rows, horizon, generator=generator, device=source).argsort(1).to(expert.device)

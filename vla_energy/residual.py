@@ -23,7 +23,7 @@ from vla_energy.ranges import apply_range
 
 _CENTRE_BOUND = 1.5  # normalised actions lie in [-1, 1]; the centre may overshoot a little
 _MASKED = -1e30  # far below any score, and finite: -inf times zero is NaN in a backward pass
-_CERTAINTY_BOUND, _FACTOR_BOUND = 1.0, 1.0  # of the logarithms: what is learnt must not drown the distance
+_CERTAINTY_BOUND = 1.0  # of the logarithm
 _ROUNDING = 0.2  # in units of `deviation_scale`: below it the distance is smooth, for descent on the energy
 
 
@@ -197,7 +197,7 @@ class ResidualScorer(nn.Module):
         for block, keys, values in zip(self.scorers, encoded.keys, encoded.values, strict=True):
             x = block(x, keys, values, encoded.bias)
         distance = (deviation.square() + _ROUNDING**2).sqrt() - _ROUNDING
-        factor = _bounded_exp(self.factor(x.mean(2)).squeeze(-1), _FACTOR_BOUND)
+        factor = _bounded_exp(self.factor(x.mean(2)).squeeze(-1), self.config.head.factor_bound)
         raw = factor * (encoded.certainty[:, None] * distance).mean((2, 3))
         return apply_range(raw, self.config.range)
 

@@ -72,7 +72,7 @@ class PolicyNoiseConfig:
     weight: float = 1.0
     stds: tuple[float, ...] = (0.02, 0.05, 0.1)
     per_dimension: bool = False
-    correlation: float = 0.0
+    correlation: float = 0.9
 
     def __post_init__(self) -> None:
         _source("policy_noise", self.count, self.weight)
