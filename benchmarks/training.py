@@ -19,7 +19,9 @@ from vla_energy.monitors import evaluate_ranking
 from vla_energy.objective import EnergyObjective
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-KEPT = ("loss", "info_nce", "chance", "margin", "positive", "negative", "std_row", "saturated", "logits_min", "logits_max")
+KEPT = (
+    "loss", "info_nce", "chance", "margin", "positive", "negative", "std_row", "saturated", "logits_min", "logits_max",
+)  # fmt: skip
 """Metrics of the curve."""
 
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vla_energy.config import PRESETS, EnergyConfig, LossConfig
+from vla_energy.config import PRESETS, SOURCES, EnergyConfig, HeadConfig, LossConfig
 from vla_energy.head import EnergyHead, HeadOutput
 from vla_energy.objective import EnergyObjective
+from vla_energy.sources import ActionTraits, build_negatives
 
 S, D, H, A = 6, 16, 4, 3
 
@@ -122,3 +123,93 @@ def test_a_perfect_energy_has_perfect_metrics() -> None:
     assert metrics["energy/spearman"] == pytest.approx(1)
     assert metrics["energy/positive"] == 0
     assert metrics["energy/gap"] > 0
+
+
+def changed(**loss: object) -> EnergyConfig:
+    config = EnergyConfig.preset("stage3")
+    config.head = HeadConfig("original", hidden_dim=16, num_heads=2)
+    config.loss = replace(config.loss, **loss)
+    return config
+
+
+def parts(config: EnergyConfig, step: int = 0, rows: int = 6) -> tuple[float, dict[str, float]]:
+    torch.manual_seed(0)
+    head = EnergyHead(D, A, H, config).eval()
+    loss, metrics = EnergyObjective(head, config)(*batch(rows, generator()), generator(), step)
+    return float(loss.detach()), {name.removeprefix("energy/"): float(value) for name, value in metrics.items()}
+
+
+@pytest.mark.parametrize("step", [0, 2_500, 10_000, 20_000])
+def test_the_mixed_loss_follows_its_schedule(step: int) -> None:
+    loss, found = parts(changed(), step)
+    alpha = min(1.0, step / 10_000)
+    expected = alpha * found["info_nce"] + (1 - alpha) * found["margin"] + 0.01 * found["diversity"]
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_margin_looks_at_its_sources_alone() -> None:
+    config = changed()
+    head = EnergyHead(D, A, H, config).eval()
+    objective = EnergyObjective(head, config)
+    data = batch(4, generator())
+    _, metrics = objective(*data, generator())
+    expert, first_exit = (head((data[0], data[1]), chunks[:, None]) for chunks in (data[2], data[3][:, 1]))
+    by_hand = torch.relu(expert - first_exit + config.loss.margin_width).mean()
+    assert metrics["energy/margin"] == pytest.approx(float(by_hand.detach()), rel=1e-4)
+    config.loss.margin_sources = ("layer_exit_9",)
+    with pytest.raises(ValueError, match="layer_exit_9.*among what is drawn here: layer_exits, layer_exit_1"):
+        objective(*data, generator())
+
+
+def test_log_q_leaves_distinct_chunks_alone_and_takes_a_copys_ln_2_away() -> None:
+    """With one duplicated row among distant ones, its copy counts half for the others."""
+    config = changed(log_q=True, log_q_width=1e-3)
+    config.negatives = EnergyConfig.preset("original").negatives
+    objective = EnergyObjective(EnergyHead(D, A, H, config), config)
+    _, _, expert, layer_actions = batch(4, generator())
+    expert[3] = expert[2]
+    drawn = build_negatives(config.negatives, expert, layer_actions[:, -1], layer_actions, generator())
+    log_q = objective._log_q(torch.cat([expert[:, None], drawn.chunks], 1), drawn)
+    is_copy = (drawn.chunks == expert[2]).flatten(2).all(2)
+    torch.testing.assert_close(log_q[:, 0], torch.tensor([1.0, 1.0, 2.0, 2.0]).log())
+    torch.testing.assert_close(log_q[:, 1:], torch.where(is_copy, 2.0, 1.0).log())
+
+
+def test_every_source_and_loss_at_once_is_finite_and_named() -> None:
+    config = EnergyConfig()
+    config.head = replace(config.head, hidden_dim=16)
+    for name in SOURCES:
+        getattr(config.negatives, name).count = max(1, getattr(config.negatives, name).count)
+    for name in ("distance_regression", "margin", "hinge", "diversity"):
+        setattr(config.loss, name, 0.1)
+    config.temperature.mode = "learnable"
+    traits = ActionTraits(torch.ones(A), (2,), -torch.ones(A), torch.ones(A))
+    head = EnergyHead(D, A, H, config)
+    loss, metrics = EnergyObjective(head, config, traits)(*batch(5, generator()), generator())
+    loss.backward()
+    assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())
+    drawn = {"policy", "layer_exit_1", "layer_exit_2", *SOURCES}
+    assert drawn == {name.removeprefix("energy/win_rate/") for name in metrics if "/win_rate/" in name}
+    expected = {"info_nce", "listwise", "distance_regression", "margin", "hinge", "diversity", "temperature", "chance"}
+    assert expected <= {name.removeprefix("energy/") for name in metrics}
+
+
+def test_rows_without_a_reference_are_the_share_asked_for() -> None:
+    config = EnergyConfig()
+    config.head.blind_share = 0.25
+    objective = EnergyObjective(None, config)
+    rows = objective._reference(torch.zeros(4000, H, A), generator()).isnan().flatten(1)
+    assert torch.equal(rows.any(1), rows.all(1))
+    assert rows.any(1).float().mean() == pytest.approx(0.25, abs=0.03)
+
+
+def test_alignment_is_of_the_policys_chunk_and_leaves_the_gradients_alone() -> None:
+    head, objective = make(EnergyConfig(loss=LossConfig(centre=0.0)))
+    context, mask, expert, layer_actions = batch(8, generator())
+    # An untrained head pulls to the policy's chunk itself; with the expert's as reference it pulls there.
+    pulled = torch.cat([layer_actions[:, :-1], expert[:, None]], 1)
+    assert objective.alignment(context, mask, expert, layer_actions).abs() < 0.5
+    assert objective.alignment(context, mask, layer_actions[:, 0], pulled).abs() < 0.5
+    assert all(p.grad is None for p in head.parameters())
+    assert head.training

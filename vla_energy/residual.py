@@ -24,6 +24,7 @@ from vla_energy.ranges import apply_range
 _CENTRE_BOUND = 1.5  # normalised actions lie in [-1, 1]; the centre may overshoot a little
 _MASKED = -1e30  # far below any score, and finite: -inf times zero is NaN in a backward pass
 _CERTAINTY_BOUND = 1.0  # of the logarithm
+_NEAR = 3.0  # in units of `deviation_scale`: where the factor has half its bound
 _ROUNDING = 0.2  # in units of `deviation_scale`: below it the distance is smooth, for descent on the energy
 
 
@@ -197,9 +198,18 @@ class ResidualScorer(nn.Module):
         for block, keys, values in zip(self.scorers, encoded.keys, encoded.values, strict=True):
             x = block(x, keys, values, encoded.bias)
         distance = (deviation.square() + _ROUNDING**2).sqrt() - _ROUNDING
-        factor = _bounded_exp(self.factor(x.mean(2)).squeeze(-1), self.config.head.factor_bound)
-        raw = factor * (encoded.certainty[:, None] * distance).mean((2, 3))
+        raw = self._factor(x, distance) * (encoded.certainty[:, None] * distance).mean((2, 3))
         return apply_range(raw, self.config.range)
+
+    def _factor(self, x: Tensor, distance: Tensor) -> Tensor:
+        """`(B,N)`, 1 at the centre; far from it up to `exp(factor_bound)` and down to its inverse.
+
+        Near the centre candidates differ by little, and what a network adds there is mostly noise; far from it the
+        distance alone cannot tell an expert's chunk from an inner layer's.
+        """
+        square = distance.mean((2, 3)).square()
+        bound = self.config.head.factor_bound * square / (square + _NEAR**2)
+        return (bound * torch.tanh(self.factor(x.mean(2)).squeeze(-1))).exp()
 
     def centres(self, encoded: EncodedContext) -> tuple[Tensor, ...]:
         """The centre and the one that the context alone predicts, both `(B,H,A)`, to be trained to the expert's."""

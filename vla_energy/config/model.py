@@ -27,8 +27,8 @@ class HeadConfig:
         num_layers: of ours; the original has one cross-attention.
         deviation_scale: an action's deviation from the centre that the head predicts from the context is measured in
             this unit (normalised action units): the size of a good policy's error, where candidates must be told apart.
-        factor_bound: of ours: the network's factor on the distance lies between exp(-factor_bound) and
-            exp(factor_bound); what it learns must not drown the distance.
+        factor_bound: of ours: far from the centre the network multiplies the distance by up to exp(factor_bound) or
+            its inverse, near it by less; what it learns must not drown the distance there.
         reference: of ours: measure deviations from the policy's own chunk, corrected, where the caller gives one.
         blind_share: of ours: share of training rows without a reference, so that the head also works without one.
         per_step: of the original: False scores the mean of the attended steps (its first version), True takes the mean
@@ -41,7 +41,7 @@ class HeadConfig:
     num_layers: int = 1
     dropout: float = 0.0
     deviation_scale: float = 0.05
-    factor_bound: float = 0.25
+    factor_bound: float = 1.5
     reference: bool = True
     blind_share: float = 0.1
     per_step: bool = False

@@ -1,0 +1,133 @@
+"""Stability of the energy head's training: the failures of the original, and what makes them go away.
+
+    python benchmarks/stability.py --quick                  # under 2 minutes, the shipped policy and demonstrations
+    python benchmarks/stability.py --checkpoint runs/unseen6/latest --data_root_dir data --dataset_name metaworld_head6
+
+Heads are trained on frozen features. Parts (`--parts`): `presets` (each with and without warm-up, InfoNCE and hinge),
+`long` (original and recommended), `width` (the original at its preset's width), `wide` (contexts of 4096, synthetic),
+`ranges` (with temperatures), `ablation` (each remedy alone, and left out), `faults` (NaN, Inf, 1e38, B = 1, bf16).
+
+Every run is one line of `results.jsonl` in `--out`, with its curve; a second call goes on where the first stopped.
+Tables (`tables.md`) and plots are drawn from that file, also while it grows: `--parts none`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import stability_arms as arms
+import torch
+from features import Features, load_or_extract
+from stability_faults import faults
+from stability_report import report
+from synthetic import wide_features
+from training import Run, evaluate, is_flat, train
+
+from vla_energy.checkpoint import save_head
+from vla_energy.finetune.config import EMBEDDED
+
+PARTS = ("long", "faults", "wide", "width", "presets", "ranges", "ablation")
+
+
+def run_one(part: str, run: Run, train_set: Features, held_out: Features, out: Path) -> dict[str, Any]:
+    head, facts = train(run, train_set)
+    metrics = evaluate(head, held_out, run.config)
+    if part == "long":
+        save_head(out / f"{run.arm}-{run.seed}.safetensors", head, run.steps, None)
+    flat = is_flat(facts["curve"], run.config.loss.margin_width)
+    row = {"part": part, "arm": run.arm, "seed": run.seed, "steps": run.steps, "tags": run.tags, "flat": flat}
+    return {**row, **facts, "held_out": metrics}
+
+
+def runs_of(part: str, args: argparse.Namespace) -> list[Run]:
+    if args.quick:
+        return arms.long(300, 2) if part == "long" else []
+    builders = {
+        "long": (arms.long, args.long_steps, 5),
+        "width": (arms.at_preset_width, 500, 3),
+        "presets": (arms.presets, args.steps, 5),
+        "ranges": (arms.ranges, args.steps, 3),
+        "ablation": (arms.ablation, args.steps, 3),
+    }
+    if part not in builders:
+        return []
+    build, steps, seeds = builders[part]
+    return build(steps, seeds)
+
+
+def key(row: dict[str, Any]) -> str:
+    return json.dumps([row[name] for name in ("part", "arm", "seed", "steps", "tags")])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="300 steps of original and recommended, two seeds")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--checkpoint", default=EMBEDDED)
+    parser.add_argument("--data_root_dir", default=EMBEDDED)
+    parser.add_argument("--dataset_name", default="metaworld_demo")
+    parser.add_argument("--frames", type=int, default=12_000)
+    parser.add_argument("--val_frames", type=int, default=1_000)
+    parser.add_argument("--steps", type=int, default=1_000)
+    parser.add_argument("--long_steps", type=int, default=20_000)
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    parts = [part for part in args.parts.split(",") if part != "none"]
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        parser.error(f"unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}, none")
+    torch.set_num_threads(1)
+    out = args.out or Path("runs/stability-quick" if args.quick else "runs/stability")
+    if args.quick:
+        args.frames, args.val_frames, parts = 600, 300, ["long"]
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    if args.quick:
+        results.unlink(missing_ok=True)  # it is quick: always measured anew
+    source = (args.checkpoint, args.data_root_dir, args.dataset_name)
+    train_set = load_or_extract(out, *source, "train", args.frames)
+    held_out = load_or_extract(out, *source, "val", args.val_frames)
+    print(f"policy's L1: {train_set.policy_l1:.4f} on {len(train_set)} training frames, ", end="")
+    print(f"{held_out.policy_l1:.4f} on {len(held_out)} held-out ones", flush=True)
+    done = {key(json.loads(line)) for line in results.read_text().splitlines()} if results.exists() else set()
+
+    def keep(row: dict[str, Any]) -> None:
+        with results.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        energy = row["held_out"]["energy"]
+        print(
+            f"{row['part']:9} {row['arm']:45} {json.dumps(row['tags']):45} seed {row['seed']} flat {row['flat']!s:5} "
+            f"spearman {energy['spearman']:6.3f} in-batch {energy['win_rate'].get('in_batch', float('nan')):.3f} "
+            f"{row['ms_per_step']:.0f} ms",
+            flush=True,
+        )
+
+    started = time.perf_counter()
+    for part in parts:
+        if part == "faults":
+            keep(faults(train_set, held_out, 10_000)) if not any('"faults"' in name for name in done) else None
+            continue
+        if part == "wide":
+            sets = wide_features(2_000, seed=0), wide_features(400, seed=1)
+            wide = [
+                Run(name, arms.preset(name, wide=True), 500, seed)
+                for name in ("original", "stage1", "recommended")
+                for seed in range(3)
+            ]
+            todo, data = wide, sets
+        else:
+            todo, data = runs_of(part, args), (train_set, held_out)
+        for run in todo:
+            probe = {"part": part, "arm": run.arm, "seed": run.seed, "steps": run.steps, "tags": run.tags}
+            if key(probe) not in done:
+                keep(run_one(part, run, *data, out))
+    print(f"{time.perf_counter() - started:.0f} s of training")
+    print(report(out, held_out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Tables and plots of `results.jsonl`, written by `stability.py`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from features import Features
+
+from vla_energy.checkpoint import load_head
+from vla_energy.landscape import plane_slice, plot_slice
+
+Row = dict[str, Any]
+
+
+def rate(row: Row, kind: str) -> float:
+    return row["held_out"]["energy"]["win_rate"].get(kind, math.nan)
+
+
+COLUMNS: dict[str, Callable[[Row], float]] = {
+    "Spearman": lambda row: row["held_out"]["energy"]["spearman"],
+    "far": lambda row: rate(row, "far"),
+    "at 0.05": lambda row: rate(row, "at_0.05"),
+    "in-batch": lambda row: rate(row, "in_batch"),
+    "exits": lambda row: rate(row, "layer_exits"),
+    "L1 chosen / policy": lambda row: row["held_out"]["rerank"]["l1_reranked"] / row["held_out"]["rerank"]["l1_policy"],
+    "saturated": lambda row: row["curve"][-1]["saturated"],
+}
+
+
+def group(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        tags = ", ".join(f"{name} {value}" for name, value in row["tags"].items())
+        groups.setdefault((row["arm"], tags), []).append(row)
+    return groups
+
+
+def table(rows: list[Row]) -> str:
+    """One line an arm: means over seeds, seeds flat, steps with a non-finite loss, non-finite parameters."""
+    lines = ["| arm | | flat | non-finite losses / skips / parameters | " + " | ".join(COLUMNS) + " |"]
+    lines.append("|" + "---|" * (4 + len(COLUMNS)))
+    for (arm, tags), members in group(rows).items():
+        flat = "" if members[0]["flat"] is None else f"{sum(row['flat'] for row in members)} of {len(members)}"
+        broken = [sum(row["nonfinite_losses"] for row in members)]
+        broken.append(sum(row["counters"][name] for row in members for name in ("nonfinite", "too_large")))
+        broken.append(sum(row["nonfinite_parameters"] for row in members))
+        values = [mean(column(row) for row in members) for column in COLUMNS.values()]
+        cells = " | ".join(f"{value:.3f}" for value in values)
+        lines.append(f"| {arm} | {tags} | {flat} | {' / '.join(map(str, broken))} | {cells} |")
+    return "\n".join(lines)
+
+
+def report(out: Path, held_out: Features) -> str:
+    """Writes `tables.md` and the plots; returns the tables."""
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    parts = dict.fromkeys(row["part"] for row in rows)
+    text = []
+    for part in parts:
+        members = [row for row in rows if row["part"] == part]
+        policy = members[0]["held_out"]["energy"]["spearman_to_policy"]
+        text.append(f"## {part} ({members[0]['steps']} steps; plain distance to the policy: Spearman {policy:.3f})\n")
+        text.append(table(members) + "\n")
+    (out / "tables.md").write_text("\n".join(text))
+    plot_curves(rows, out / "curves.png")
+    plot_landscapes(out, held_out)
+    return "\n".join(text)
+
+
+def plot_curves(rows: list[Row], path: Path) -> None:
+    """InfoNCE over chance of every seed of the long runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["part"] == "long"]
+    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    colours = {"original": "tab:red", "recommended": "tab:blue"}
+    for row in rows:
+        curve = row["curve"]
+        label = row["arm"] if row["seed"] == 0 else None
+        share = [point["info_nce"] / point["chance"] for point in curve]
+        axis.plot([point["step"] for point in curve], share, color=colours[row["arm"]], lw=1, label=label)
+    axis.axhline(1, color="grey", lw=0.6, ls=":")
+    axis.set(xlabel="optimiser step", ylabel="InfoNCE / InfoNCE of knowing nothing", ylim=(0, 1.1))
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_landscapes(out: Path, held_out: Features, extent: float = 1.5) -> None:
+    """Original and recommended on the plane through policy and expert, three held-out frames with an error near 0.1."""
+    import matplotlib.pyplot as plt
+
+    files = {name: out / f"{name}-0.safetensors" for name in ("original", "recommended")}
+    if not all(file.exists() for file in files.values()):
+        return
+    errors = (held_out.layers[:, -1] - held_out.expert).abs().mean((1, 2))
+    rows = (errors - 0.1).abs().argsort()[:3]
+    context, mask, expert, layers = held_out.batch(rows)
+    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    for line, (name, file) in zip(axes, files.items(), strict=True):
+        head = load_head(file).head.eval()
+        policy = layers[:, -1]
+        with torch.no_grad():
+            encoded = head.encode(context, mask, policy)
+            generator = torch.Generator().manual_seed(0)
+            plane = plane_slice(lambda chunks: head(encoded, chunks), policy, expert, extent, generator=generator)  # noqa: B023
+        for index, axis in enumerate(line):
+            plot_slice(plane, index, axis, f"{name}, frame {index + 1}")
+    figure.savefig(out / "landscape.png", dpi=90)
+    plt.close(figure)
