@@ -6,7 +6,7 @@ Kept in memory and in one file beside the results, so that variants of the head 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -53,6 +53,11 @@ class Features:
     def policy_l1(self) -> float:
         """Mean absolute error of the policy's chunks, normalised units."""
         return float((self.layers[:, -1] - self.expert).abs().mean())
+
+    def first(self, count: int) -> Features:
+        """The first `count` frames; they are in random order."""
+        parts = ("context", "mask", "expert", "layers", "episode")
+        return replace(self, **{name: getattr(self, name)[:count] for name in parts})
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`context, mask, expert, layers` of these rows, fp32."""

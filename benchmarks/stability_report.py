@@ -81,7 +81,7 @@ def plot_curves(rows: list[Row], path: Path) -> None:
 
     rows = [row for row in rows if row["part"] == "long"]
     figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    colours = {"original": "tab:red", "recommended": "tab:blue"}
+    colours = {"original": "tab:red", "original, width 128": "tab:red", "recommended": "tab:blue"}
     for row in rows:
         curve = row["curve"]
         label = row["arm"] if row["seed"] == 0 else None
