@@ -4,8 +4,8 @@
     python benchmarks/stability.py --checkpoint runs/unseen6/latest --data_root_dir data --dataset_name metaworld_head6
 
 Heads are trained on frozen features. Parts (`--parts`): `presets` (each with and without warm-up, InfoNCE and hinge),
-`long` (20,000 steps), `wide` (contexts of 4096, synthetic), `ranges` (with temperatures), `ablation` (each remedy alone,
-and left out), `faults` (NaN, Inf, 1e38, B = 1, bf16).
+`long` (20,000 steps), `wide` (contexts of 4096, synthetic), `ranges` (with temperatures), `ablation` (each remedy
+alone, and left out), `faults` (NaN, Inf, 1e38, B = 1, bf16).
 
 Every run is one line of `results.jsonl` in `--out`, with its curve; a second call goes on where the first stopped.
 Tables (`tables.md`) and plots are drawn from that file, also while it grows: `--parts none`.

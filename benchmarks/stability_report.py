@@ -98,9 +98,13 @@ def plot_landscapes(out: Path, held_out: Features, extent: float = 1.5) -> None:
     """Original and recommended on the plane through policy and expert, three held-out frames with an error near 0.1."""
     import matplotlib.pyplot as plt
 
-    files = {name: out / f"{name}-0.safetensors" for name in ("original", "recommended")}
-    if not all(file.exists() for file in files.values()):
-        return
+    files = {}
+    for name in ("original", "recommended"):
+        found = [out / f"{part}-{name}-0.safetensors" for part in ("long", "presets")]
+        found = [file for file in found if file.exists()]
+        if not found:
+            return
+        files[name] = found[0]
     errors = (held_out.layers[:, -1] - held_out.expert).abs().mean((1, 2))
     rows = (errors - 0.1).abs().argsort()[:3]
     context, mask, expert, layers = held_out.batch(rows)

@@ -36,6 +36,10 @@ class TemperatureConfig:
 class LossConfig:
     """Weights of the losses; 0 turns one off.
 
+    The defaults are small because graded energies are steep (1 / distance_scale): with five times these weights the
+    first gradients of a head beside an untrained policy have a norm near 40, above `guard.skip_grad_norm`. Adam's step
+    does not depend on the factor.
+
     Attributes:
         info_nce: one-hot softmax of the expert against the negatives.
         listwise: cross-entropy to `softmax(-distance / distance_scale)` over expert and negatives.
@@ -54,8 +58,8 @@ class LossConfig:
         logit_clamp: the report's clamp of logits to +-50; 0 is off. It kills the gradient where it acts.
     """
 
-    info_nce: float = 0.01
-    listwise: float = 0.1
+    info_nce: float = 0.002
+    listwise: float = 0.02
     distance_regression: float = 0.0
     margin: float = 0.0
     hinge: float = 0.0
