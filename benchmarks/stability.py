@@ -47,13 +47,11 @@ def runs_of(part: str, args: argparse.Namespace) -> list[Run]:
     if args.quick:
         arm_steps = {"original": 120, "recommended": 400}
         return [Run(arm, arms.preset(arm), steps, seed) for arm, steps in arm_steps.items() for seed in range(2)]
-    if part == "wide":
-        return [
-            Run(arm, arms.preset(arm), 300, seed) for arm in ("original", "stage1", "recommended") for seed in range(3)
-        ]
     if part == "long":
-        return arms.long(args.long_steps, 5)
-    return {"presets": arms.presets, "ranges": arms.ranges, "ablation": arms.ablation}[part]()
+        return arms.long(args.long_steps, args.seeds or 5)
+    builders = {"presets": (arms.presets, 5), "wide": (arms.wide, 2), "ranges": (arms.ranges, 2)}
+    build, seeds = {**builders, "ablation": (arms.ablation, 2)}[part]
+    return build(args.seeds or seeds)
 
 
 def key(row: dict[str, Any]) -> str:
@@ -69,6 +67,7 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="metaworld_demo")
     parser.add_argument("--frames", type=int, default=12_000)
     parser.add_argument("--val_frames", type=int, default=1_500)
+    parser.add_argument("--seeds", type=int, default=0, help="seeds a variant; 0: 5 for presets and long, else 2")
     parser.add_argument("--long_steps", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()

@@ -29,11 +29,11 @@ def preset(name: str, changes: Changes | None = None) -> EnergyConfig:
 HINGE = {"loss": {"info_nce": 0.0, "listwise": 0.0, "margin": 1.0, "margin_sources": (), "mix_steps": 0}}
 
 
-def presets(scale: float = 1.0, seeds: int = 5) -> list[Run]:
+def presets(seeds: int) -> list[Run]:
     """Every preset, with and without warm-up (a third of the steps), InfoNCE and hinge."""
     runs = []
     for name in PRESETS:
-        steps = _steps(preset(name), scale)
+        steps = _steps(preset(name))
         for warm in (0, steps // 3):
             for loss, changes in (("as preset", {}), ("hinge", HINGE)):
                 tags = {"warm-up": warm, "loss": loss}
@@ -42,9 +42,9 @@ def presets(scale: float = 1.0, seeds: int = 5) -> list[Run]:
     return runs
 
 
-def _steps(config: EnergyConfig, scale: float = 1.0) -> int:
+def _steps(config: EnergyConfig) -> int:
     """The original's head is seven times as dear at its own width, and dead or not after 250 steps."""
-    return int(scale * (250 if config.head.name == "original" else 600))
+    return 250 if config.head.name == "original" else 600
 
 
 def long(steps: int, seeds: int) -> list[Run]:
@@ -54,7 +54,12 @@ def long(steps: int, seeds: int) -> list[Run]:
     return runs + [Run("original, width 128", narrow, steps, seed) for seed in range(min(seeds, 2))]
 
 
-def ranges(scale: float = 1.0, seeds: int = 2) -> list[Run]:
+def wide(seeds: int) -> list[Run]:
+    """On contexts of 4096."""
+    return [Run(name, preset(name), 200, seed) for name in ("original", "recommended") for seed in range(seeds)]
+
+
+def ranges(seeds: int) -> list[Run]:
     """Every range with the original's and the report's temperature, in the original head and in ours."""
     runs = []
     for base in ("recommended", "original"):
@@ -63,7 +68,7 @@ def ranges(scale: float = 1.0, seeds: int = 2) -> list[Run]:
             for temperature in (0.5, 3.0):
                 changes = {"range": {"name": name, "anchor_weight": anchor}, "temperature": {"value": temperature}}
                 config, tags = preset(base, changes), {"temperature": temperature}
-                arm, steps = f"{base}: {name}", _steps(config, scale)
+                arm, steps = f"{base}: {name}", _steps(config)
                 runs += [Run(arm, config, steps, seed, tags=tags) for seed in range(seeds)]
     return runs
 
@@ -122,12 +127,12 @@ LEFT_OUT: dict[str, Changes] = {
 """The recommended without one part; in parentheses what stands in its place."""
 
 
-def ablation(scale: float = 1.0, seeds: int = 2) -> list[Run]:
+def ablation(seeds: int) -> list[Run]:
     """Each remedy alone, and each left out."""
     runs = []
     for base, kind, variants in (("recommended", "left out", LEFT_OUT), ("original", "alone", ALONE)):
         for name, changes in variants.items():
             config = preset(base, changes)
-            steps = _steps(config, scale)
+            steps = _steps(config)
             runs += [Run(name, config, steps, seed, tags={"kind": kind}) for seed in range(seeds)]
     return runs

@@ -18,7 +18,7 @@ from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsErr
 from vla_energy.backbones import CheckpointFolderError, load_openvla
 from vla_energy.backbones.tiny import write_random_start
 from vla_energy.checkpoint import CheckpointError, load_head
-from vla_energy.config import EnergyConfig
+from vla_energy.config import EnergyConfig, LayerExitsConfig, MonitorConfig
 from vla_energy.data import DatasetError
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
@@ -170,6 +170,50 @@ def test_rate_follows_the_host() -> None:
     assert rate_factor(config, 0) == pytest.approx(0.19)
     assert rate_factor(config, 9) == rate_factor(config, 99) == 1
     assert rate_factor(config, 100) == pytest.approx(0.1)
+
+
+def test_monitors_measure_and_warn_in_words(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A head that cannot learn (its energies sit where a steep sigmoid has no slope) is told within its first steps."""
+    energy = EnergyConfig.preset("original")
+    energy.head = dataclasses.replace(energy.head, hidden_dim=16, num_heads=2)
+    energy.range = dataclasses.replace(energy.range, slope=1e4)
+    energy.monitor = MonitorConfig(every=2, flat_steps=2)
+    _run(_config(tiny_folder, tmp_path, max_steps=4, energy=energy))
+    rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert ["energy/alignment" in row for row in rows] == [False, True, False, True]
+    assert {"energy/skips", "energy/skips/nonfinite", "energy/saturated", "energy/chance"} <= rows[1].keys()
+    warnings = [record.message for record in caplog.records if record.name == "vla_energy.finetune.monitor"]
+    assert any(text.startswith("step 2") and "docs/stability.md#saturated" in text for text in warnings)
+
+
+def test_sources_that_cannot_give_a_chunk_are_told_at_start(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Trainer(_config(tiny_folder, tmp_path, batch_size=1))
+    assert "negatives.in_batch is on but batch_size is 1" in caplog.text
+    with pytest.raises(ValueError, match="in_batch"):
+        Trainer(_config(tiny_folder, tmp_path, batch_size=1, energy=EnergyConfig.preset("stage2")))
+    energy = EnergyConfig()
+    energy.negatives.layer_exits.layers = (9,)
+    with pytest.raises(ValueError, match="layer_exits.layers.*9"):
+        Trainer(_config(tiny_folder, tmp_path, energy=energy))
+
+
+def test_the_heads_rate_has_its_factor_and_exits_can_be_normed(tiny_folder: Path, tmp_path: Path) -> None:
+    energy = EnergyConfig.preset("stage2")
+    energy.negatives.layer_exits = LayerExitsConfig(count=2, normed=True)
+    trainer = Trainer(_config(tiny_folder, tmp_path, energy=energy))
+    assert trainer.guard is not None
+    assert trainer.guard.optimizer.param_groups[0]["lr"] == pytest.approx(5e-5)
+    batch = trainer.job.to_batch(next(trainer.job.train.batches(2)))
+    seen = trainer._backward_energy(trainer._forward_policy(batch, {}), batch, {})
+    assert seen is not None
+    with torch.no_grad():
+        normed, raw = (trainer.job.vla(batch, exits).layer_actions[:, 1] for exits in ("normed", "raw"))
+    torch.testing.assert_close(seen[3][:, 1], normed)
+    assert (normed - raw).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(

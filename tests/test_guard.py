@@ -18,7 +18,7 @@ from vla_energy.guard import GuardedOptimizer, total_norm
 def _guarded(warm_steps: int = 0, rate: float = 0.1) -> tuple[nn.Linear, GuardedOptimizer]:
     torch.manual_seed(0)
     head = nn.Linear(3, 1)
-    return head, GuardedOptimizer.adamw(head.parameters(), rate, GuardConfig(), warm_steps)
+    return head, GuardedOptimizer.adamw(head.parameters(), rate, GuardConfig(skip_grad_norm=10.0), warm_steps)
 
 
 def _set_gradient(head: nn.Module, norm: float) -> None:

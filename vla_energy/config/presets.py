@@ -29,7 +29,7 @@ _STAGE1 = {
     "temperature": {"value": 3.0},
     "guard": {**_ORIGINAL_GUARD, "max_grad_norm": 0.5},
 }
-_STAGE2 = {**_STAGE1, "guard": {"lr_factor": 0.1}}
+_STAGE2 = {**_STAGE1, "guard": {"skip_grad_norm": 10.0, "lr_factor": 0.1}}
 _STAGE3 = {
     **_STAGE2,
     # Every inner layer, as the report has it; so there is a layer 1, whatever the depth.

@@ -58,9 +58,11 @@ class Monitor:
         return measured
 
     def state_dict(self) -> dict[str, Any]:
-        """Of the watch; with `monitor.every` dividing `save_freq` a resumed run warns as an uninterrupted one."""
-        return self.watch.state_dict()
+        """Plain numbers; a resumed run warns as an uninterrupted one."""
+        sums = {name: float(total) for name, total in self._sums.items()}
+        return {"watch": self.watch.state_dict(), "sums": sums, "count": self._count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where `state_dict` was taken."""
-        self.watch.load_state_dict(state)
+        self.watch.load_state_dict(state["watch"])
+        self._sums, self._count = dict(state["sums"]), state["count"]
