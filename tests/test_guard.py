@@ -107,6 +107,7 @@ def _rank(rank: int, folder: str) -> None:
         reports.append(guarded.step().skipped)
     weights: dict[str, Tensor] = head.state_dict()
     torch.save({"reports": reports, "weights": weights}, f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still talks can abort
     dist.destroy_process_group()
 
 

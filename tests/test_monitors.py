@@ -69,12 +69,14 @@ def test_negatives_by_kind_and_shuffle_moves_every_step() -> None:
     expert = torch.arange(float(H)).reshape(1, H, 1).expand(200, H, A)
     kinds = _negatives(expert, torch.zeros(200, L, H, A), torch.Generator().manual_seed(0))
     exits = ["layer_exit_1", "layer_exit_2", "layer_exit_3"]
-    assert list(kinds) == ["in_batch", "noise_0.1", "noise_0.3", "noise_0.5", "shuffle", *exits]
+    assert list(kinds) == ["in_batch", "noise_0.1", "noise_0.3", "noise_0.5", "at_0.05", "shuffle", *exits]
     shuffled = kinds["shuffle"][:, 0, :, 0]
     assert (shuffled != expert[..., 0]).all()
     assert torch.equal(shuffled.sort(1).values, expert[..., 0])
     assert len(shuffled.unique(dim=0)) == 6, "all (H-1)! cycles occur"
-    assert set(_negatives(expert[:1, :1], torch.zeros(1, 2, 1, A), None)) == {"noise_0.1", "noise_0.3", "noise_0.5"}
+    torch.testing.assert_close((kinds["at_0.05"][:, 0] - expert).abs().mean((1, 2)), torch.full((200,), 0.05))
+    alone = _negatives(expert[:1, :1], torch.zeros(1, 2, 1, A), None)
+    assert set(alone) == {"noise_0.1", "noise_0.3", "noise_0.5", "at_0.05"}
 
 
 class Distance(nn.Module):

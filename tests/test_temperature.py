@@ -76,6 +76,7 @@ def _rank(rank: int, folder: str) -> None:
         Temperature(ADAPTIVE, group=alone)(energies, valid),
     ]
     torch.save(torch.stack([torch.as_tensor(value) for value in values]), f"{folder}/{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still talks can abort
     dist.destroy_process_group()
 
 
