@@ -135,4 +135,4 @@ def ablation(seeds: int) -> list[Run]:
             config = preset(base, changes)
             steps = _steps(config)
             runs += [Run(name, config, steps, seed, tags={"kind": kind}) for seed in range(seeds)]
-    return runs
+    return sorted(runs, key=lambda run: run.seed)  # one seed of everything first: useful also when stopped early

@@ -46,7 +46,9 @@ def test_energies_start_small_fp32_even_under_autocast_and_bf16_contexts() -> No
         energies = head((context.bfloat16(), mask), actions)
     assert energies.dtype == torch.float32
     assert energies.shape == (B, N)
-    distances = (actions - head.encode(context, mask).centre[:, None]).abs().mean((2, 3)) / 0.05
+    centre = head.encode(context, mask).centre
+    assert centre is not None
+    distances = (actions - centre[:, None]).abs().mean((2, 3)) / 0.05
     assert (energies / distances - 1).abs().max() < 0.5
     assert torch.equal(energies, plain)
     with pytest.raises(TypeError, match="float32"):
@@ -124,13 +126,16 @@ def test_a_centre_with_a_loss_of_its_own_gets_no_gradient_from_energies() -> Non
     energies, centres, _ = head((context, mask, actions[:, 0]), actions, training_output=True)
     own = (*head.scorer.correction.parameters(), *head.scorer.blind.parameters())
     assert all(g is None for g in torch.autograd.grad(energies.sum(), own, retain_graph=True, allow_unused=True))
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(sum(c.square().sum() for c in centres), own[2:]))
+    assert centres is not None
+    loss = torch.stack([centre.square().sum() for centre in centres]).sum()
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(loss, own[2:]))
 
 
 def test_every_parameter_learns_and_scale_and_shift_of_actions_are_seen() -> None:
     head, (context, mask, actions) = make_head(), inputs()
     energies, centres, _ = head((context, mask, actions[:, 0]), actions, training_output=True)
-    (energies.square().sum() + sum(centre.square().sum() for centre in centres)).backward()
+    assert centres is not None
+    (energies.square().sum() + torch.stack([centre.square().sum() for centre in centres]).sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
     assert (head((context, mask), 3 * actions + 0.4) - energies).abs().min() > 1e-3
 
