@@ -4,8 +4,8 @@
     python benchmarks/stability.py --checkpoint runs/unseen6/latest --data_root_dir data --dataset_name metaworld_head6
 
 Heads are trained on frozen features. Parts (`--parts`): `presets` (each with and without warm-up, InfoNCE and hinge),
-`long` (20,000 steps), `wide` (contexts of 4096, synthetic), `ranges` (with temperatures), `ablation` (each remedy
-alone, and left out), `faults` (NaN, Inf, 1e38, B = 1, bf16).
+`long` (20,000 steps), `wide` (contexts of 4096, synthetic), `ranges` (with temperatures), `left_out` (the recommended
+without one part each), `alone` (the original with one remedy each), `faults` (NaN, Inf, 1e38, B = 1, bf16).
 
 Every run is one line of `results.jsonl` in `--out`, with its curve; a second call goes on where the first stopped.
 Tables (`tables.md`) and plots are drawn from that file, also while it grows: `--parts none`.
@@ -30,7 +30,7 @@ from training import Run, evaluate, is_flat, train
 from vla_energy.checkpoint import save_head
 from vla_energy.finetune.config import EMBEDDED
 
-PARTS = ("long", "faults", "wide", "presets", "ranges", "ablation")
+PARTS = ("long", "faults", "wide", "presets", "ranges", "left_out", "alone")
 
 
 def run_one(part: str, run: Run, train_set: Features, held_out: Features, out: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def runs_of(part: str, args: argparse.Namespace) -> list[Run]:
     if part == "long":
         return arms.long(args.long_steps, args.seeds or 5)
     builders = {"presets": (arms.presets, 5), "wide": (arms.wide, 2), "ranges": (arms.ranges, 2)}
-    build, seeds = {**builders, "ablation": (arms.ablation, 2)}[part]
+    build, seeds = {**builders, "left_out": (arms.left_out, 2), "alone": (arms.alone, 2)}[part]
     return build(args.seeds or seeds)
 
 

@@ -127,12 +127,17 @@ LEFT_OUT: dict[str, Changes] = {
 """The recommended without one part; in parentheses what stands in its place."""
 
 
-def ablation(seeds: int) -> list[Run]:
-    """Each remedy alone, and each left out."""
-    runs = []
-    for base, kind, variants in (("recommended", "left out", LEFT_OUT), ("original", "alone", ALONE)):
-        for name, changes in variants.items():
-            config = preset(base, changes)
-            steps = _steps(config)
-            runs += [Run(name, config, steps, seed, tags={"kind": kind}) for seed in range(seeds)]
-    return sorted(runs, key=lambda run: run.seed)  # one seed of everything first: useful also when stopped early
+def left_out(seeds: int) -> list[Run]:
+    """The recommended without one part each."""
+    return _variants("recommended", LEFT_OUT, seeds)
+
+
+def alone(seeds: int) -> list[Run]:
+    """The original with one remedy each."""
+    return _variants("original", ALONE, seeds)
+
+
+def _variants(base: str, variants: dict[str, Changes], seeds: int) -> list[Run]:
+    configs = {name: preset(base, changes) for name, changes in variants.items()}
+    # One seed of everything first: a useful table also when stopped early.
+    return [Run(name, config, _steps(config), seed) for seed in range(seeds) for name, config in configs.items()]

@@ -72,24 +72,30 @@ def report(out: Path, held_out: Features) -> str:
     return "\n".join(text)
 
 
+COLOURS = {"original": "tab:red", "stage1": "tab:orange", "stage2": "tab:green", "stage3": "tab:purple"}
+
+
 def plot_curves(rows: list[Row], path: Path) -> None:
-    """InfoNCE over chance of every seed of the long runs."""
+    """InfoNCE over what knowing nothing gives, every seed: the presets without warm-up, and the long runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["part"] == "long"]
-    figure, axis = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    colours = {"original": "tab:red", "original, width 128": "tab:red", "recommended": "tab:blue"}
-    for row in rows:
-        curve = row["curve"]
-        label = row["arm"] if row["seed"] == 0 else None
-        share = [point["info_nce"] / point["chance"] for point in curve]
-        axis.plot([point["step"] for point in curve], share, color=colours[row["arm"]], lw=1, label=label)
-    axis.axhline(1, color="grey", lw=0.6, ls=":")
-    axis.set(xlabel="optimiser step", ylabel="InfoNCE / InfoNCE of knowing nothing", ylim=(0, 1.1))
-    axis.legend(frameon=False)
+    plain = [row for row in rows if row["part"] == "presets" and row["tags"] == {"warm-up": 0, "loss": "as preset"}]
+    panels = {"presets": plain, "long runs": [row for row in rows if row["part"] == "long"]}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained", sharey=True)
+    for axis, (title, members) in zip(axes, panels.items(), strict=True):
+        for row in members:
+            colour = COLOURS.get(row["arm"].split(",")[0], "tab:blue")
+            share = [point["info_nce"] / point["chance"] for point in row["curve"]]
+            steps = [point["step"] for point in row["curve"]]
+            axis.plot(steps, share, color=colour, lw=1, label=row["arm"] if row["seed"] == 0 else None)
+        axis.axhline(1, color="grey", lw=0.6, ls=":")
+        axis.set(title=title, xlabel="optimiser step", ylim=(0, 1.3))
+        if members:
+            axis.legend(frameon=False, fontsize=8)
+    axes[0].set_ylabel("InfoNCE / that of knowing nothing")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -108,7 +114,7 @@ def plot_landscapes(out: Path, held_out: Features, extent: float = 1.5) -> None:
     errors = (held_out.layers[:, -1] - held_out.expert).abs().mean((1, 2))
     rows = (errors - 0.1).abs().argsort()[:3]
     context, mask, expert, layers = held_out.batch(rows)
-    figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), layout="constrained")
     for line, (name, file) in zip(axes, files.items(), strict=True):
         head = load_head(file).head.eval()
         policy = layers[:, -1]
@@ -117,6 +123,9 @@ def plot_landscapes(out: Path, held_out: Features, extent: float = 1.5) -> None:
             generator = torch.Generator().manual_seed(0)
             plane = plane_slice(lambda chunks: head(encoded, chunks), policy, expert, extent, generator=generator)  # noqa: B023
         for index, axis in enumerate(line):
-            plot_slice(plane, index, axis, f"{name}, frame {index + 1}")
+            height = float(plane.energies[index].max() - plane.energies[index].min())
+            plot_slice(plane, index, axis, f"{name}, frame {index + 1}, height {height:.1g}")
+            if index or line is axes[0]:  # one legend is enough
+                axis.get_legend().remove()
     figure.savefig(out / "landscape.png", dpi=90)
     plt.close(figure)

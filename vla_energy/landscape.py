@@ -163,7 +163,7 @@ def plot_slice(slice: Slice, row: int, axis: Axes, title: str = "") -> None:
     axis.set_aspect("equal")
     axis.set(title=title, xlabel="policy (0) to expert (1)", ylabel="random orthogonal direction")
     axis.legend(loc="upper right", fontsize=8)
-    axis.figure.colorbar(filled, ax=axis, label="energy, lower is better")
+    axis.figure.colorbar(filled, ax=axis, label="energy, lower is better", shrink=0.8)
 
 
 def _score(energy_fn: EnergyFn, actions: Tensor) -> Tensor:
