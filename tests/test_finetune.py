@@ -129,6 +129,12 @@ def test_checkpoint_loads_as_a_policy_with_a_head(tiny_folder: Path, tmp_path: P
     alone = policy.act(images[:1], proprio[:1], instruction[:1], "rerank", [torch.Generator().manual_seed(0)])
     assert decisions[0].actions.values.shape == (8, 4)
     np.testing.assert_allclose(decisions[0].actions.values, alone[0].actions.values, atol=1e-5)
+    # A simulator may have more cameras than the policy, and not fewer.
+    arguments = proprio[:1], instruction[:1], "rerank", [torch.Generator().manual_seed(0)]
+    second = policy.act([np.concatenate([images[0], 255 - images[0]])], *arguments)
+    np.testing.assert_array_equal(second[0].actions.values, alone[0].actions.values)
+    with pytest.raises(ValueError, match="1 cameras, the simulator has 0"):
+        policy.act([images[0][:0]], *arguments)
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < rows[-1]["val/finetune/l1_val"] < 2
     assert {"train/l1", "energy/loss", "energy/grad_norm"} <= rows[0].keys()

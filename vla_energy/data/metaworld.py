@@ -13,46 +13,32 @@ Episodes that the expert fails are dropped and replaced by the next seed.
 from __future__ import annotations
 
 import argparse
-import io
-import multiprocessing
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vla_energy.data import metaworld_env as mw
+from vla_energy.data.recording import (
+    VAL_SEED_OFFSET,
+    Disturbance,
+    Episode,
+    Layout,
+    Recording,
+    check_new,
+    finish,
+    jpeg,
+    make_step,
+    record_dataset,
+    record_successes,
+    run_alone,
+)
 
 NOISE_STD = 0.6
 """Standard deviation of the disturbance of a noisy episode, in units of the action's range."""
-NOISE_HOLD = 5
-"""Steps for which one disturbance is held; half of the intervals have none."""
 JPEG_QUALITY = 92
-VAL_SEED_OFFSET = 5_000
-"""Validation episodes start from `seed + VAL_SEED_OFFSET`; rollouts use seeds of their own."""
-_ATTEMPTS_PER_EPISODE = 4
+LAYOUT = Layout({"image": (mw.IMAGE_SIZE, mw.IMAGE_SIZE, 3), "state": (mw.PROPRIO_DIM,)}, mw.ACTION_DIM)
 
 
-@dataclass(frozen=True)
-class Recording:
-    """What to record of one task.
-
-    Attributes:
-        task: Meta-World task name.
-        episodes: successful episodes wanted.
-        seed: seed of the first attempt; each attempt takes the next one.
-        noise_share: share of episodes with a disturbed execution, 0 to 1.
-    """
-
-    task: str
-    episodes: int
-    seed: int
-    noise_share: float
-
-
-def record(recording: Recording) -> list[dict[str, Any]]:
+def record(recording: Recording) -> list[Episode]:
     """Records one task in this process (one renderer per process, see `metaworld_env`).
 
     Returns:
@@ -62,93 +48,23 @@ def record(recording: Recording) -> list[dict[str, Any]]:
         SimulatorError: the expert solves fewer episodes than asked in four times as many attempts.
     """
     world = mw.MetaWorld(recording.task)
-    episodes: list[dict[str, Any]] = []
-    for seed in range(recording.seed, recording.seed + _ATTEMPTS_PER_EPISODE * recording.episodes):
-        if len(episodes) == recording.episodes:
-            break
-        noisy = (seed * 0.6180339887) % 1.0 < recording.noise_share  # spreads the share evenly over seeds
-        steps = _run_expert(world, seed, NOISE_STD if noisy else 0.0)
-        if steps is not None:
-            metadata = {"task": recording.task, "seed": seed, "success": True, "noise_std": NOISE_STD if noisy else 0.0}
-            episodes.append({"steps": steps, "episode_metadata": metadata})
-    if len(episodes) < recording.episodes:
-        raise mw.SimulatorError(
-            f"{recording.task}: the expert solved {len(episodes)} of the {recording.episodes} episodes asked for "
-            f"in {_ATTEMPTS_PER_EPISODE * recording.episodes} attempts; ask for fewer, or less noise"
-        )
-    return episodes
+    return record_successes(recording, NOISE_STD, lambda seed, noise_std: _run_expert(world, seed, noise_std))
 
 
 def _run_expert(world: mw.MetaWorld, seed: int, noise_std: float) -> list[dict[str, Any]] | None:
     """One episode's steps, or None if the expert does not solve it within `MAX_STEPS`."""
-    rng = np.random.default_rng(seed)
-    noise = np.zeros(mw.ACTION_DIM)
+    disturbance = Disturbance(seed, noise_std, mw.ACTION_DIM)
+    instruction = mw.instruction(world.task)
     steps: list[dict[str, Any]] = []
     world.reset(seed)
     for index in range(mw.MAX_STEPS):
-        if noise_std and index % NOISE_HOLD == 0:
-            noise[:3] = rng.normal(0.0, noise_std, 3) * (rng.random() < 0.5)  # the gripper is left alone
+        noise = disturbance.at(index)
         action = world.expert_action()
-        steps.append(
-            {
-                "observation": {"image": _jpeg(world.render()), "state": world.state()},
-                "action": action,
-                "language_instruction": mw.instruction(world.task),
-                "discount": 1.0,
-                "reward": 0.0,
-                "is_first": index == 0,
-                "is_last": False,
-                "is_terminal": False,
-            }
-        )
+        observation = {"image": jpeg(world.render(), JPEG_QUALITY), "state": world.state()}
+        steps.append(make_step(observation, action, instruction, first=index == 0))
         if world.step(action + noise):
-            steps[-1].update(reward=1.0, is_last=True, is_terminal=True)
-            return steps
+            return finish(steps)
     return None
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=JPEG_QUALITY)
-    return buffer.getvalue()
-
-
-def _record_all(recordings: list[Recording], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Episodes of all recordings, keyed; one fresh process per task, `workers` at a time."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, maxtasksperchild=1) as pool:
-        for episodes in pool.imap(record, recordings, chunksize=1):
-            for episode in episodes:
-                metadata = episode["episode_metadata"]
-                for step in episode["steps"]:
-                    step["observation"]["image"] = io.BytesIO(step["observation"]["image"])
-                yield f"{metadata['task']}_{metadata['seed']}", episode
-
-
-def _features(tfds: Any) -> Any:
-    features = tfds.features
-    step = {
-        "observation": {
-            "image": features.Image(shape=(mw.IMAGE_SIZE, mw.IMAGE_SIZE, 3), encoding_format="jpeg"),
-            "state": features.Tensor(shape=(mw.PROPRIO_DIM,), dtype=np.float32),
-        },
-        "action": features.Tensor(shape=(mw.ACTION_DIM,), dtype=np.float32),
-        "language_instruction": features.Text(),
-        "discount": features.Scalar(dtype=np.float32),
-        "reward": features.Scalar(dtype=np.float32),
-        "is_first": features.Scalar(dtype=np.bool_),
-        "is_last": features.Scalar(dtype=np.bool_),
-        "is_terminal": features.Scalar(dtype=np.bool_),
-    }
-    metadata = {
-        "task": features.Text(),
-        "seed": features.Scalar(dtype=np.int64),
-        "success": features.Scalar(dtype=np.bool_),
-        "noise_std": features.Scalar(dtype=np.float32),
-    }
-    return features.FeaturesDict({"steps": features.Dataset(step), "episode_metadata": metadata})
 
 
 def build(
@@ -178,38 +94,12 @@ def build(
         ValueError: unknown task names, or a dataset of this name is there.
         SimulatorError: simulator or OpenGL missing, or an expert that fails too often.
     """
-    if (Path(out) / name).exists():
-        raise ValueError(f"{Path(out) / name} exists already: take another name, or delete it")
-    # In a child: OSMesa and TensorFlow crash each other when one process loads both.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(mw.check_tasks, (tasks,))
-    from vla_energy.data import tensorflow_quiet
-
-    tfds = tensorflow_quiet.tfds()
-
-    # The keyword belongs to tfds' `__init_subclass__`, which pyright cannot see: the module comes as Any.
-    class MetaWorldDemonstrations(  # pyright: ignore[reportGeneralTypeIssues]
-        tfds.core.GeneratorBasedBuilder,
-        skip_registration=True,  # pyright: ignore[reportCallIssue]
-    ):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self) -> Any:
-            return tfds.core.DatasetInfo(builder=self, features=_features(tfds), description=f"Tasks: {tasks}")
-
-        def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-            splits = {"train": self._generate_examples(episodes, seed, noise_share)}
-            if val_episodes:
-                splits["val"] = self._generate_examples(val_episodes, seed + VAL_SEED_OFFSET, 0.0)
-            return splits
-
-        def _generate_examples(self, count: int, first_seed: int, share: float) -> Iterator[tuple[str, dict[str, Any]]]:
-            return _record_all([Recording(task, count, first_seed, share) for task in tasks], workers)
-
-    MetaWorldDemonstrations.name = name
-    builder = MetaWorldDemonstrations(data_dir=out)
-    builder.download_and_prepare()
-    return str(builder.data_path)
+    check_new(out, name)
+    run_alone(mw.check_tasks, tasks)
+    splits = {"train": [Recording(task, episodes, seed, noise_share) for task in tasks]}
+    if val_episodes:
+        splits["val"] = [Recording(task, val_episodes, seed + VAL_SEED_OFFSET, 0.0) for task in tasks]
+    return record_dataset(out, name, LAYOUT, record, splits, workers, f"Tasks: {tasks}")
 
 
 def main() -> None:

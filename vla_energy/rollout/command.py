@@ -10,7 +10,7 @@ from typing import Any
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder")
-    parser.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="task names, comma-separated")
+    parser.add_argument("--tasks", required=True, type=_names, metavar="A,B", help="tasks or suites, comma-separated")
     parser.add_argument("--episodes", type=int, default=20, metavar="N", help="episodes a task and arm (default 20)")
     parser.add_argument(
         "--arms",
@@ -23,11 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replan-every", type=int, default=4, metavar="N", help="actions executed a decision (default 4)"
     )
-    parser.add_argument("--max-steps", type=int, default=150, metavar="N", help="steps an episode (default 150)")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="steps an episode (default: the simulator's limit)")
     parser.add_argument(
         "--workers", type=int, default=2, metavar="N", help="simulator processes = largest batch (default 2)"
     )
-    parser.add_argument("--sim", default="metaworld", help="simulator: metaworld (default), or module:Class of yours")
+    parser.add_argument("--sim", default="metaworld", help="simulator: metaworld (default), libero, or module:Class")
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
@@ -36,7 +36,6 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; what can be wrong with the flags is found before the checkpoint is loaded."""
     from vla_energy.rollout.interface import ARMS, check_arms
     from vla_energy.rollout.run import Settings, run_rollouts
-    from vla_energy.rollout.simulator import check_tasks
     from vla_energy.rollout.summary import check_writable, to_json
 
     settings = Settings(
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     settings.validate()
     check_arms(args.arms, set(ARMS))
     check_writable(args.out)
-    check_tasks(args.tasks, args.sim)
+    settings.resolve()
     from vla_energy.rollout.policy import load_policy
 
     result = run_rollouts(

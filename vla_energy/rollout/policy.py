@@ -39,6 +39,7 @@ class CheckpointPolicy:
         self._vla = load_openvla(folder, num_images=config.num_images, use_proprio=use_proprio).to(device)
         self._device = torch.device(device)
         self._crop = config.center_crop
+        self._num_images = config.num_images
         self._statistics: DatasetStatistics = select_statistics(self._vla.statistics, dataset)
         self._reranker = Reranker.from_checkpoint(folder) if any(folder.glob(_HEAD)) else None
         if self._reranker is not None:
@@ -111,6 +112,11 @@ class CheckpointPolicy:
     def _batch(
         self, images: list[np.ndarray], proprios: list[np.ndarray], instructions: list[str]
     ) -> dict[str, Tensor]:
+        if images[0].shape[0] < self._num_images:
+            raise ValueError(
+                f"{self._folder} looks through {self._num_images} cameras, the simulator has {images[0].shape[0]}"
+            )
+        images = [row[: self._num_images] for row in images]  # a simulator's first camera is the main one
         frames = np.stack([center_crop(row) if self._crop else row for row in images])
         proprio = None
         if self._vla.proprio_projector is not None:

@@ -12,7 +12,7 @@ import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vla_energy.actions import RawActions
 from vla_energy.rollout.interface import Decision, Policy, check_arms
-from vla_energy.rollout.simulator import SimulatorProcess, backend_info, check_tasks
+from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
 from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
 from vla_energy.rollout.world import Observation
 
@@ -32,34 +32,58 @@ EVALUATION_SEED_OFFSET = 1_000_000
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run. Checked by `validate`; written into the results."""
+    """What is run. Checked by `validate`; written into the results as `resolve` gives it.
+
+    Attributes:
+        max_steps: limit of an episode's steps, None for the backend's; resolved, the largest of `step_limits`.
+        step_limits: limit by task; filled in by `resolve`.
+    """
 
     tasks: list[str]
     episodes: int
     arms: list[str]
     seed: int
     replan_every: int
-    max_steps: int
+    max_steps: int | None
     workers: int
     backend: str
+    step_limits: dict[str, int] = field(default_factory=dict)
 
     def validate(self) -> None:
         """Checks what needs neither simulator nor policy. Raises ValueError naming the setting."""
         for name in ("episodes", "replan_every", "max_steps", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < EVALUATION_SEED_OFFSET:
             raise ValueError(f"seed must be in 0..{EVALUATION_SEED_OFFSET - 1}, got {self.seed}")
         for name, values in (("tasks", self.tasks), ("arms", self.arms)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be given, each once, got {values}")
+        states = FIXED_STATES.get(self.backend)
+        if states is not None and self.seed + self.episodes > states:
+            raise ValueError(
+                f"{self.backend} has {states} fixed initial states a task: from seed {self.seed} on there are "
+                f"{max(0, states - self.seed)} episodes, not {self.episodes}"
+            )
+
+    def resolve(self) -> Settings:
+        """These settings with suites as their tasks, and the backend's step limits where none is given.
+
+        Raises:
+            ValueError: unknown backend or tasks, or a task that comes twice.
+            SimulatorError: the simulator is not installed.
+        """
+        tasks = expand_tasks(self.tasks, self.backend)
+        limits = backend_info(self.backend).max_steps
+        steps = {task: limits[task] if self.max_steps is None else self.max_steps for task in tasks}
+        return replace(self, tasks=tasks, max_steps=max(steps.values()), step_limits=steps)
 
     def validate_policy(self, policy: Policy) -> None:
         """Checks the settings against the checkpoint and the simulator. Raises ValueError with the fix."""
         check_arms(self.arms, policy.arms)
         if self.replan_every > policy.horizon:
             raise ValueError(f"replan_every {self.replan_every} exceeds the checkpoint's horizon {policy.horizon}")
-        check_tasks(self.tasks, self.backend)
         action_dim = backend_info(self.backend).action_dim
         if policy.action_dim != action_dim:
             raise ValueError(
@@ -75,7 +99,7 @@ def run_rollouts(
     arms: Sequence[str],
     seed: int = 0,
     replan_every: int = 4,
-    max_steps: int = 150,
+    max_steps: int | None = None,
     workers: int = 2,
     *,
     backend: str = "metaworld",
@@ -85,12 +109,12 @@ def run_rollouts(
 
     Args:
         policy: the checkpoint.
-        tasks: task names of the backend.
+        tasks: task names of the backend, or names of its suites, which stand for all their tasks.
         episodes: episodes a task and arm.
         arms: arms to compare; the first is the baseline of the differences.
         seed: episode i starts from `seed + EVALUATION_SEED_OFFSET + i`.
         replan_every: actions of a chunk that are executed before the next decision.
-        max_steps: physics steps after which an episode has failed.
+        max_steps: physics steps after which an episode has failed; None takes the backend's limit of each task.
         workers: simulator processes, which is also the largest batch the policy sees.
         backend: simulator, see `simulator.BACKENDS`.
         out: JSON file, rewritten after every task; `"complete"` in it is false until the last.
@@ -108,6 +132,7 @@ def run_rollouts(
     settings.validate()
     if out is not None:
         check_writable(out)
+    settings = settings.resolve()
     settings.validate_policy(policy)
     start = time.perf_counter()
     meta = {"checkpoint": policy.metadata, "versions": versions(), "first_episode_seed": seed + EVALUATION_SEED_OFFSET}
@@ -199,8 +224,9 @@ def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Setti
         if batch := [episode for episode in running if episode.arm == arm]:
             _decide(policy, arm, batch)
     for episode in running:
-        count = min(settings.replan_every, settings.max_steps - episode.steps)
-        observe = episode.steps + count < settings.max_steps
+        limit = settings.step_limits[episode.simulator.task]
+        count = min(settings.replan_every, limit - episode.steps)
+        observe = episode.steps + count < limit
         episode.simulator.request_execute(episode.decisions[-1].actions.values[:count], observe)
     for episode in running:
         execution = episode.simulator.answer()

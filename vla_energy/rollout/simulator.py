@@ -26,8 +26,13 @@ import numpy as np
 from vla_energy.data.metaworld_env import SimulatorError
 from vla_energy.rollout.world import BackendInfo, Execution, Observation
 
-BACKENDS = {"metaworld": "vla_energy.data.metaworld_env:MetaWorld"}
+BACKENDS = {
+    "metaworld": "vla_energy.data.metaworld_env:MetaWorld",
+    "libero": "vla_energy.data.libero_env:Libero",
+}
 """Where each backend's `World` class is; `module:Class` is also accepted wherever a backend is named."""
+FIXED_STATES = {"libero": 50}
+"""Evaluation episodes a task, where a backend has a fixed number of initial states instead of a seed's."""
 TIMEOUT = 120.0
 """Seconds to wait for an answer; the first includes starting Python and building the world."""
 
@@ -166,12 +171,27 @@ def backend_info(backend: str) -> BackendInfo:
         return process.answer()
 
 
-def check_tasks(tasks: list[str], backend: str = "metaworld") -> None:
-    """Raises ValueError naming unknown tasks and listing the known ones; otherwise as `backend_info`."""
-    known = backend_info(backend).tasks
-    unknown = [task for task in tasks if task not in known]
+def expand_tasks(names: list[str], backend: str = "metaworld") -> list[str]:
+    """Task names, each suite's name replaced by the suite's tasks; the order is kept.
+
+    Raises:
+        ValueError: unknown names, listing the known ones; or a task that comes twice, itself or in a suite.
+        SimulatorError: as `backend_info`.
+    """
+    info = backend_info(backend)
+    unknown = [name for name in names if name not in info.tasks and name not in info.suites]
     if unknown:
-        raise ValueError(f"unknown {backend} task(s): {', '.join(unknown)}; known: {', '.join(known)}")
+        known = ", ".join((*info.suites, *info.tasks))
+        raise ValueError(f"unknown {backend} task(s): {', '.join(unknown)}; known: {known}")
+    tasks = [task for name in names for task in info.suites.get(name, (name,))]
+    if twice := sorted({task for task in tasks if tasks.count(task) > 1}):
+        raise ValueError(f"task(s) given twice, themselves or in a suite: {', '.join(twice)}")
+    return tasks
+
+
+def check_tasks(tasks: list[str], backend: str = "metaworld") -> None:
+    """Raises as `expand_tasks` does."""
+    expand_tasks(tasks, backend)
 
 
 class _ChildError(Exception):

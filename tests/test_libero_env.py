@@ -1,0 +1,183 @@
+"""LIBERO's world and one of its experts, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla_energy.data import libero_env as lb
+from vla_energy.data import libero_scenes
+from vla_energy.data.metaworld_env import GL_HELP, SimulatorError
+from vla_energy.rollout.run import EVALUATION_SEED_OFFSET
+from vla_energy.rollout.simulator import check_tasks
+
+BACKEND = "vla_energy.data.libero_env:Libero"
+TASK = "pick_up_the_black_bowl_on_the_cookie_box_and_place_it_on_the_plate"
+
+# Everything that needs a built world, in one child: building takes most of the time.
+_CHILD = """
+import json, sys
+import numpy as np
+from vla_energy.data import libero_env as lb
+from vla_energy.data.libero_expert import Expert, Style
+
+answers = {}
+def failure(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+def shape_of(seed):
+    world.reset(seed)
+    return [*world._sim.get_state().flatten(), *world._sim.model.body_pos.flatten()]
+
+try:
+    world = lb.Libero(sys.argv[1], image_size=64)
+    world.reset(3)
+    images = world.render()
+except lb.SimulatorError as error:
+    sys.exit(f"SimulatorError: {error}")
+answers["instruction"] = lb.instruction(world.task)
+answers["counts"] = [len(lb.suite_tasks(suite)) for suite in lb.SUITES]
+answers["goal"] = world.goal
+answers["images"] = [list(images.shape), str(images.dtype), [float(image.std()) for image in images]]
+# Upright: the robot stands behind the table, so the camera opposite has the grey wall above, the brown table below.
+bands = images[0, :16], images[0, 48:]
+answers["red over blue"] = [float(band[..., 0].mean() - band[..., 2].mean()) for band in bands]
+first = shape_of(3)
+other, fixed = shape_of(4), shape_of(lb.FIXED_STATES_FROM + 2)
+for _ in range(4):
+    world.step_raw(np.array([1.0, 0.5, -1.0, 0.2, 0.0, 0.5, 1.0]))
+answers["same again"] = shape_of(3) == first and shape_of(lb.FIXED_STATES_FROM + 2) == fixed
+answers["seeds differ"] = first != other != fixed
+answers["beyond"] = failure(lambda: world.reset(lb.FIXED_STATES_FROM + 50))
+answers["negative"] = failure(lambda: world.reset(-1))
+answers["second"] = failure(lambda: lb.Libero(world.task))
+answers["short action"] = failure(lambda: world.step_raw(np.zeros(4)))
+answers["unknown body"] = failure(lambda: world.position("teapot_1"))
+openings = []
+for value in (0.9, 0.1, 0.6):  # the last of an action: 1 open .. 0 closed
+    for _ in range(12):
+        world.step(np.array([0, 0, 0, 0, 0, 0, value]))
+    openings.append(world.opening())
+answers["openings"] = openings
+env, parts = world._env, ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+for name in parts:
+    env.modify_observable(name, "enabled", True)
+answers["robosuite"] = [list(map(float, env._get_observations(force_update=True)[name])) for name in parts]
+answers["state"] = [str(world.state().dtype), world.state().tolist()]
+from robosuite.utils.transform_utils import quat2axisangle
+answers["axis angle"] = list(quat2axisangle(np.array(answers["robosuite"][1])))
+world.reset(lb.FIXED_STATES_FROM)
+expert, actions, solved = Expert(world), [], False
+while not solved and len(actions) < lb.MAX_STEPS["libero_spatial"]:
+    actions.append(expert.action(world))
+    solved = world.step_raw(actions[-1])
+still = np.linalg.norm(np.stack(actions)[:, :6], axis=1) < 1e-4
+answers["expert"] = [bool(solved), len(actions), float(np.abs(actions).max()), int(still.sum())]
+answers["torch"] = "torch" in sys.modules
+print(json.dumps(answers))
+"""
+
+
+def _skip_without_simulator(message: str) -> None:
+    """Skips where LIBERO or OpenGL is missing; in CI there has to be one."""
+    missing = "pip install" in message or GL_HELP in message
+    if missing and not os.environ.get("CI"):
+        pytest.skip(message)
+    pytest.fail(message)
+
+
+@pytest.fixture(scope="module")
+def answers() -> dict[str, Any]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", _CHILD, TASK], capture_output=True, text=True, timeout=300, env=environment
+    )
+    if result.returncode:
+        _skip_without_simulator(result.stderr)
+    assert "WARNING" not in result.stderr
+    return json.loads(result.stdout)  # and nothing else: the libraries' chatter is hidden
+
+
+def test_tasks_and_goal(answers: dict[str, Any]) -> None:
+    assert answers["counts"] == [10, 10, 10, 10]
+    assert answers["instruction"] == TASK.replace("_", " ")
+    assert answers["goal"] == [["on", "akita_black_bowl_1", "plate_1"]]
+    assert not answers["torch"]
+
+
+def test_unknown_task_lists_those_there_are(answers: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="fly") as error:
+        check_tasks(["fly"], BACKEND)
+    assert TASK in str(error.value)
+
+
+def test_unknown_suite_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match="libero_goal"):
+        lb.suite_tasks("libero_moon")
+
+
+def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "libero", None)
+    monkeypatch.delitem(sys.modules, "libero.libero.benchmark", raising=False)
+    with pytest.raises(SimulatorError, match=r"libero.* is missing: pip install 'vla-energy\[libero\]'"):
+        libero_scenes.load("libero.libero.benchmark")
+
+
+def test_image_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIBERO_IMAGE_SIZE", "256")
+    assert lb._image_size(None) == 256 and lb._image_size(64) == 64
+    monkeypatch.setenv("LIBERO_IMAGE_SIZE", "big")
+    with pytest.raises(ValueError, match="'big'"):
+        lb._image_size(None)
+    monkeypatch.delenv("LIBERO_IMAGE_SIZE")
+    assert lb._image_size(None) == lb.IMAGE_SIZE
+
+
+def test_fixed_states_are_those_of_evaluation() -> None:
+    assert lb.FIXED_STATES_FROM == EVALUATION_SEED_OFFSET
+
+
+def test_images_are_upright(answers: dict[str, Any]) -> None:
+    shape, kind, spread = answers["images"]
+    assert shape == [2, 64, 64, 3] and kind == "uint8" and min(spread) > 20
+    above, below = answers["red over blue"]
+    assert below > above + 10
+
+
+def test_a_seed_starts_the_same_episode_whatever_was_run_before(answers: dict[str, Any]) -> None:
+    assert answers["same again"] and answers["seeds differ"]
+
+
+def test_wrong_calls_say_what_is_wrong(answers: dict[str, Any]) -> None:
+    assert answers["beyond"].startswith("SimulatorError") and "50 fixed initial states" in answers["beyond"]
+    assert answers["negative"].startswith("SimulatorError") and "-1" in answers["negative"]
+    assert answers["second"].startswith("SimulatorError") and "another process" in answers["second"]
+    assert answers["short action"] == "ValueError: expected an action (7,), got shape (4,)"
+    assert "teapot_1" in answers["unknown body"] and "plate_1" in answers["unknown body"]
+
+
+def test_state_is_robosuites_own_observation(answers: dict[str, Any]) -> None:
+    kind, state = answers["state"]
+    position, quaternion, fingers = answers["robosuite"]
+    assert kind == "float32" and len(state) == lb.PROPRIO_DIM
+    np.testing.assert_allclose(state, [*position, *answers["axis angle"], *fingers], atol=1e-5)
+    np.testing.assert_allclose(lb.axis_angle(np.array(quaternion)), answers["axis angle"], atol=1e-6)
+
+
+def test_gripper_opens_above_one_half(answers: dict[str, Any]) -> None:
+    opened, closed, again = answers["openings"]
+    assert opened > 0.07 and closed < 0.01 and again > 0.07
+
+
+def test_expert_solves_a_task_without_a_no_op(answers: dict[str, Any]) -> None:
+    solved, steps, largest, still = answers["expert"]
+    assert solved and steps < 120 and largest <= 1.0 and still == 0
