@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV); the first time takes a few minutes"
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@pins=$$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
-	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet $$pins -e '.[native,data,sim,dev]'
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet $$pins -e '.[native,data,sim,retrieval,dev]'
 	@touch $@
 
 # Rollouts draw through OSMesa. Without it everything else works, so a failure here only tells how to get it.

@@ -39,7 +39,7 @@ def test_base_dependencies_move_no_pin_of_the_host() -> None:
 def test_constraints_satisfy_the_extras() -> None:
     lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
     pins = dict(line.split("==") for line in lines if line)
-    for group in ("dependencies", "native", "data", "sim", "libero", "dev"):
+    for group in ("dependencies", "native", "data", "sim", "retrieval", "libero", "dev"):
         for requirement in map(Requirement, _array(group)):
             name = canonicalize_name(requirement.name)
             if name in pins:

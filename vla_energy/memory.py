@@ -1,0 +1,284 @@
+"""Retrieval: the training set's contexts and their expert chunks; the nearest ones lend theirs as candidates.
+
+A context becomes a key in three steps: each token is projected to a few numbers by a fixed random matrix (distances
+survive it: Johnson and Lindenstrauss, 1984), tokens that the mask hides become zero, and the row of all tokens is
+reduced by PCA, fitted on the memory. The policy's own chunk, weighted, stands beside it. Neighbours are exact,
+by faiss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from vla_energy.actions import DatasetStatistics, StatisticsError
+from vla_energy.checkpoint import CheckpointError, atomic_write, find_one
+
+TOKEN_WIDTH = 8
+"""Numbers a token is projected to."""
+KEY_WIDTH = 256
+"""Most numbers of a context's key."""
+PREFIX = "chunk_memory--"
+_FORMAT, _VERSION = "vla_energy.memory", "1"
+_PCA_ROWS = 4_000  # rows that PCA is fitted on
+_TENSORS = ("projection", "mean", "basis", "keys", "chunks", "episodes")
+
+
+class MemoryBatch(NamedTuple):
+    """Frames to remember.
+
+    Attributes:
+        context: `(B,S,D)` hidden states; S may differ between batches.
+        context_mask: `(B,S)` True = valid.
+        policy: `(B,H,A)` the policy's chunk, normalised.
+        expert: `(B,H,A)` the demonstration's chunk, normalised.
+        episodes: `(B,)` int64, the episode of each frame.
+    """
+
+    context: Tensor
+    context_mask: Tensor
+    policy: Tensor
+    expert: Tensor
+    episodes: Tensor
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """Neighbours of a batch of B contexts, the nearest first.
+
+    Attributes:
+        chunks: `(B,K,H,A)` their expert chunks, normalised.
+        distances: `(B,K)` between keys; 1 is the typical distance of a remembered frame to the nearest of another
+            episode. inf where fewer than K frames are left.
+        episodes: `(B,K)`; -1 where the distance is inf (the chunk is the nearest one's there).
+    """
+
+    chunks: Tensor
+    distances: Tensor
+    episodes: Tensor
+
+
+@dataclass(frozen=True)
+class KeyEncoder:
+    """Turns contexts into keys.
+
+    Attributes:
+        projection: `(D, TOKEN_WIDTH)`.
+        tokens: S of a key; longer contexts are cut, shorter ones filled with zeros.
+        mean, basis: `(F,)` and `(F,K)` of the PCA, F = tokens * TOKEN_WIDTH.
+        policy_weight: factor of the policy's chunk beside the context's key.
+        unit: distance that is called 1.
+    """
+
+    projection: Tensor
+    tokens: int
+    mean: Tensor
+    basis: Tensor
+    policy_weight: float
+    unit: float = 1.0
+
+    def __call__(self, context: Tensor, context_mask: Tensor, policy: Tensor) -> Tensor:
+        """Keys `(B,K+H*A)` fp32 on the CPU, see `MemoryBatch` for the arguments.
+
+        Raises:
+            ValueError: another D than the memory's.
+        """
+        rows = (_flatten(context, context_mask, self.projection, self.tokens) - self.mean) @ self.basis
+        return torch.cat([rows, self.policy_weight * policy.detach().cpu().float().flatten(1)], 1) / self.unit
+
+
+def _flatten(context: Tensor, mask: Tensor, projection: Tensor, tokens: int) -> Tensor:
+    """`(B, tokens * TOKEN_WIDTH)` fp32 on the CPU."""
+    if context.ndim != 3 or context.shape[2] != len(projection) or mask.shape != context.shape[:2]:
+        raise ValueError(
+            f"context {tuple(context.shape)}, mask {tuple(mask.shape)}: expected (B,S,{len(projection)}) and (B,S)"
+        )
+    # torch.where and not a product: hidden states at hidden positions may be anything, NaN too.
+    visible = torch.where(mask[..., None], context.detach().float(), torch.zeros((), device=context.device))
+    rows = (visible @ projection.to(visible.device)).cpu()[:, :tokens]
+    return torch.nn.functional.pad(rows, (0, 0, 0, tokens - rows.shape[1])).flatten(1)
+
+
+class ChunkMemory:
+    """Remembered contexts with their expert chunks.
+
+    Args:
+        encoder: of the keys.
+        keys: `(M,K)` fp32.
+        chunks: `(M,H,A)` normalised.
+        episodes: `(M,)` int64.
+        statistics: the dataset's, in which chunks are normalised.
+    """
+
+    def __init__(
+        self, encoder: KeyEncoder, keys: Tensor, chunks: Tensor, episodes: Tensor, statistics: DatasetStatistics
+    ) -> None:
+        keys = keys.half().float()  # as the file has them, so that a loaded memory answers alike
+        self.encoder, self.keys, self.chunks, self.episodes = encoder, keys, chunks, episodes
+        self.statistics = statistics
+        self._index = _faiss().IndexFlatL2(keys.shape[1])
+        self._index.add(keys.contiguous().numpy())
+        self._longest = int(episodes.unique(return_counts=True)[1].max())
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file that `save` writes, less its header of a few kilobytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._stored().values())
+
+    @classmethod
+    def build(
+        cls,
+        batches: Iterable[MemoryBatch],
+        statistics: DatasetStatistics,
+        *,
+        max_frames: int = 50_000,
+        policy_weight: float = 1.0,
+        seed: int = 0,
+    ) -> ChunkMemory:
+        """Remembers the frames of `batches`, at most `max_frames` of them.
+
+        Args:
+            batches: of the training set.
+            statistics: of the dataset.
+            max_frames: later frames are left out; bring them in random order.
+            policy_weight: of the policy's chunk in a key, in units of the contexts' spread.
+            seed: of the projection.
+
+        Raises:
+            ValueError: no frame, shapes that do not fit, or frames of fewer than two episodes.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        projection, parts, frames = None, [], 0
+        for batch in batches:
+            if projection is None:
+                width = batch.context.shape[2]
+                projection = torch.randn(width, TOKEN_WIDTH, generator=generator) / TOKEN_WIDTH**0.5
+            rows = _flatten(batch.context, batch.context_mask, projection, batch.context.shape[1])
+            numbers = (batch.policy, batch.expert)
+            policy, expert = (chunk.detach().cpu().float() for chunk in numbers)
+            parts.append((rows, policy, expert, batch.episodes.cpu().long()))
+            frames += len(rows)
+            if frames >= max_frames:
+                break
+        if projection is None:
+            raise ValueError("there is no frame to remember")
+        longest = max(part[0].shape[1] for part in parts)
+        rows = torch.cat([torch.nn.functional.pad(part[0], (0, longest - part[0].shape[1])) for part in parts])
+        policy, expert, episodes = (torch.cat([part[i] for part in parts])[:max_frames] for i in (1, 2, 3))
+        rows = rows[:max_frames]
+        if len(episodes.unique()) < 2:
+            raise ValueError("frames of at least two episodes are needed: neighbours come from other episodes")
+        mean, basis = _pca(rows, generator)
+        reduced = (rows - mean) @ basis
+        spread = float(reduced.var(0).sum().sqrt() / policy.flatten(1).var(0).sum().sqrt().clamp_min(1e-6))
+        encoder = KeyEncoder(projection, longest // TOKEN_WIDTH, mean, basis, policy_weight * spread)
+        keys = torch.cat([reduced, encoder.policy_weight * policy.flatten(1)], 1)
+        first = cls(encoder, keys, expert, episodes, statistics)
+        probe = torch.randperm(len(keys), generator=generator)[:1_000]
+        unit = float(first._nearest(keys[probe], 1, episodes[probe])[0].median().clamp_min(1e-6))
+        encoder = KeyEncoder(projection, encoder.tokens, mean, basis, encoder.policy_weight, unit)
+        return cls(encoder, keys / unit, expert, episodes, statistics)
+
+    def nearest(
+        self, context: Tensor, context_mask: Tensor, policy: Tensor, count: int, exclude: Tensor | None = None
+    ) -> Retrieved:
+        """The nearest `count` frames of each context; on the context's device.
+
+        Args:
+            context, context_mask, policy: see `MemoryBatch`.
+            count: K, at least 1.
+            exclude: `(B,)` an episode that lends nothing to the row, for queries that are themselves remembered.
+
+        Raises:
+            ValueError: shapes that do not fit, or a count below 1.
+        """
+        if count < 1:
+            raise ValueError(f"count={count}: expected 1 or more")
+        distances, index = self._nearest(self.encoder(context, context_mask, policy), count, exclude)
+        missing = distances.isinf()
+        index = torch.where(missing, index[:, :1], index)
+        episodes = self.episodes[index].masked_fill(missing, -1)
+        return Retrieved(*(part.to(context.device) for part in (self.chunks[index], distances, episodes)))
+
+    def _nearest(self, keys: Tensor, count: int, exclude: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`(B,K)` distances, inf where there are fewer, and rows."""
+        # So many that enough are left without the longest episode.
+        asked = min(count + (self._longest if exclude is not None else 0), len(self.keys))
+        squares, index = (torch.from_numpy(part) for part in self._index.search(keys.contiguous().numpy(), asked))
+        distances = squares.clamp_min(0).sqrt()
+        if exclude is not None:
+            own = self.episodes[index] == exclude.cpu()[:, None]
+            distances, order = distances.masked_fill(own, torch.inf).sort(dim=1, stable=True)
+            index = index.gather(1, order)
+        short = max(0, count - asked)
+        distances = torch.nn.functional.pad(distances[:, :count], (0, short), value=torch.inf)
+        return distances, torch.nn.functional.pad(index[:, :count], (0, short))
+
+    def save(self, path_or_folder: str | Path, step: int) -> Path:
+        """Writes `chunk_memory--{step}_checkpoint.safetensors` into a folder, or the file if the path ends so."""
+        path = Path(path_or_folder)
+        path = path if path.suffix == ".safetensors" else path / f"{PREFIX}{step}_checkpoint.safetensors"
+        encoder = self.encoder
+        metadata = {
+            "format": _FORMAT, "version": _VERSION, "step": str(step),
+            "encoder": json.dumps([encoder.tokens, encoder.policy_weight, encoder.unit]),
+            "statistics": json.dumps(self.statistics.to_dict()),
+        }  # fmt: skip
+        data = save(self._stored(), metadata)
+        return atomic_write(path, lambda file: file.write(data))
+
+    def _stored(self) -> dict[str, Tensor]:
+        encoder = self.encoder
+        tensors = (encoder.projection, encoder.mean, encoder.basis, self.keys.half(), self.chunks, self.episodes)
+        return {name: tensor.contiguous() for name, tensor in zip(_TENSORS, tensors, strict=True)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> ChunkMemory:
+        """Reads a memory from its file, or from a folder with exactly one.
+
+        Raises:
+            CheckpointError: missing, ambiguous, damaged, or not a memory.
+        """
+        path = Path(path)
+        path = find_one(path, PREFIX) if path.is_dir() else path
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata: dict[str, Any] = file.metadata() or {}
+                if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
+                    raise CheckpointError(f"{path} is no chunk memory of version {_VERSION}")
+                projection, mean, basis, keys, chunks, episodes = (file.get_tensor(name) for name in _TENSORS)
+            tokens, policy_weight, unit = json.loads(metadata["encoder"])
+            statistics = DatasetStatistics.from_dict(json.loads(metadata["statistics"]))
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, StatisticsError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path} is damaged or no chunk memory ({error})") from error
+        encoder = KeyEncoder(projection, tokens, mean, basis, policy_weight, unit)
+        return cls(encoder, keys.float(), chunks, episodes, statistics)
+
+
+def _pca(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mean `(F,)` and the directions of largest variance `(F,K)`, K at most `KEY_WIDTH`."""
+    some = rows[torch.randperm(len(rows), generator=generator)[:_PCA_ROWS]]
+    mean = some.mean(0)
+    _, _, directions = torch.linalg.svd(some - mean, full_matrices=False)
+    return mean, directions[:KEY_WIDTH].T.contiguous()
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError("retrieval needs faiss: pip install 'vla-energy[retrieval]'") from error
+    return faiss
