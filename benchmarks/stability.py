@@ -4,8 +4,9 @@
     python benchmarks/stability.py --checkpoint runs/unseen6/latest --data_root_dir data --dataset_name metaworld_head6
 
 Heads are trained on frozen features. Parts (`--parts`): `presets` (each with and without warm-up, InfoNCE and hinge),
-`long` (20,000 steps), `wide` (contexts of 4096, synthetic), `ranges` (with temperatures), `left_out` (the recommended
-without one part each), `alone` (the original with one remedy each), `faults` (NaN, Inf, 1e38, B = 1, bf16).
+`long` (20,000 steps), `stages` (5,000), `wide` (contexts of 4096, synthetic), `ranges` (with temperatures), `left_out`
+(the recommended without one part each), `alone` (the original with one remedy each), `faults` (NaN, Inf, 1e38, B = 1,
+bf16).
 
 Every run is one line of `results.jsonl` in `--out`, with its curve; a second call goes on where the first stopped.
 Tables (`tables.md`) and plots are drawn from that file, also while it grows: `--parts none`.
@@ -30,7 +31,7 @@ from training import Run, evaluate, is_flat, train
 from vla_energy.checkpoint import save_head
 from vla_energy.finetune.config import EMBEDDED
 
-PARTS = ("long", "faults", "wide", "presets", "ranges", "left_out", "alone")
+PARTS = ("long", "stages", "faults", "wide", "presets", "ranges", "left_out", "alone")
 
 
 def run_one(part: str, run: Run, train_set: Features, held_out: Features, out: Path) -> dict[str, Any]:
@@ -49,7 +50,12 @@ def runs_of(part: str, args: argparse.Namespace) -> list[Run]:
         return [Run(arm, arms.preset(arm), steps, seed) for arm, steps in arm_steps.items() for seed in range(2)]
     if part == "long":
         return arms.long(args.long_steps, args.seeds or 5)
-    builders = {"presets": (arms.presets, 5), "wide": (arms.wide, 2), "ranges": (arms.ranges, 2)}
+    builders = {
+        "presets": (arms.presets, 5),
+        "wide": (arms.wide, 2),
+        "stages": (arms.stages, 1),
+        "ranges": (arms.ranges, 2),
+    }
     build, seeds = {**builders, "left_out": (arms.left_out, 2), "alone": (arms.alone, 2)}[part]
     return build(args.seeds or seeds)
 
@@ -67,7 +73,9 @@ def main() -> None:
     parser.add_argument("--dataset_name", default="metaworld_demo")
     parser.add_argument("--frames", type=int, default=12_000)
     parser.add_argument("--val_frames", type=int, default=1_500)
-    parser.add_argument("--seeds", type=int, default=0, help="seeds a variant; 0: 5 for presets and long, else 2")
+    parser.add_argument(
+        "--seeds", type=int, default=0, help="seeds a variant; 0: 5 for presets and long, 1 for stages, else 2"
+    )
     parser.add_argument("--long_steps", type=int, default=20_000)
     parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
@@ -83,6 +91,8 @@ def main() -> None:
     results = out / "results.jsonl"
     if args.quick:
         results.unlink(missing_ok=True)  # it is quick: always measured anew
+    if not parts and not results.exists():
+        parser.error(f"there is no {results} to draw tables from")
     source = (args.checkpoint, args.data_root_dir, args.dataset_name)
     train_set = load_or_extract(out, *source, "train", args.frames)
     held_out = load_or_extract(out, *source, "val", args.val_frames)

@@ -47,32 +47,49 @@ def _steps(config: EnergyConfig) -> int:
     return 250 if config.head.name == "original" else 600
 
 
+NARROW = {"head": {"hidden_dim": 128}}
+"""The original's head at the features' width: long runs of it fit an evening."""
+
+
 def long(steps: int, seeds: int) -> list[Run]:
-    """The recommended, and the original narrowed to 128 (the features' width), which fits an evening."""
-    narrow = preset("original", {"head": {"hidden_dim": 128}})
-    runs = [Run("recommended", preset("recommended"), steps, seed) for seed in range(seeds)]
+    """The recommended, before its first step and after all, and the original narrowed."""
+    runs = [Run("untrained", preset("recommended"), 0, seed) for seed in range(seeds)]
+    runs += [Run("recommended", preset("recommended"), steps, seed) for seed in range(seeds)]
+    narrow = preset("original", NARROW)
     return runs + [Run("original, width 128", narrow, steps, seed) for seed in range(min(seeds, 2))]
+
+
+def stages(seeds: int) -> list[Run]:
+    """The stages for 5,000 steps, narrowed; stage 3 also without its schedule, which keeps InfoNCE low for long."""
+    unmixed = {"loss": {"mix_steps": 0}}
+    configs = {name: preset(name, NARROW) for name in ("stage1", "stage2", "stage3")}
+    configs["stage3, no schedule"] = preset("stage3", merged(NARROW, unmixed))
+    configs["stage3, hinge"] = preset("stage3", merged(NARROW, HINGE))
+    configs["recommended"] = preset("recommended")
+    return [Run(name, config, 5_000, seed) for seed in range(seeds) for name, config in configs.items()]
 
 
 def wide(seeds: int) -> list[Run]:
     """On contexts of 4096."""
-    return [Run(name, preset(name), 200, seed) for name in ("original", "recommended") for seed in range(seeds)]
+    steps = {"original": 200, "untrained": 0, "recommended": 2_000}
+    configs = {name: preset("recommended" if name == "untrained" else name) for name in steps}
+    return [Run(name, configs[name], steps[name], seed) for name in steps for seed in range(seeds)]
 
 
 def ranges(seeds: int) -> list[Run]:
-    """Every range with the original's and the report's temperature, in the original head and in ours."""
+    """Every range with the original's and the report's temperature, in our head (anchored) and in the original's."""
     runs = []
     for base in ("recommended", "original"):
         for name in RANGES:
-            anchor = 1e-3 if name == "linear" else 0.0
             for temperature in (0.5, 3.0):
-                changes = {"range": {"name": name, "anchor_weight": anchor}, "temperature": {"value": temperature}}
+                changes = {"range": {"name": name}, "temperature": {"value": temperature}}
                 config, tags = preset(base, changes), {"temperature": temperature}
                 arm, steps = f"{base}: {name}", _steps(config)
                 runs += [Run(arm, config, steps, seed, tags=tags) for seed in range(seeds)]
     return runs
 
 
+UNTRAINED = "all training (untrained)"
 _RICH = {
     "layer_exits": {"count": 4},
     "expert_noise": {"count": 2},
@@ -106,6 +123,7 @@ ALONE: dict[str, Changes] = {
 """Each remedy alone, in the original."""
 
 LEFT_OUT: dict[str, Changes] = {
+    UNTRAINED: {},
     "nothing (recommended)": {},
     "linear range (sigmoid)": {"range": {"name": "sigmoid"}},
     "linear range (softplus_scaled, temperature 3)": {
@@ -140,4 +158,5 @@ def alone(seeds: int) -> list[Run]:
 def _variants(base: str, variants: dict[str, Changes], seeds: int) -> list[Run]:
     configs = {name: preset(base, changes) for name, changes in variants.items()}
     # One seed of everything first: a useful table also when stopped early.
-    return [Run(name, config, _steps(config), seed) for seed in range(seeds) for name, config in configs.items()]
+    steps = {name: 0 if name == UNTRAINED else _steps(config) for name, config in configs.items()}
+    return [Run(name, config, steps[name], seed) for seed in range(seeds) for name, config in configs.items()]

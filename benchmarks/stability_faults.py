@@ -24,7 +24,7 @@ class Injector:
     is all padding (which must be refused); a batch of one; a context in bf16.
     """
 
-    kinds = ("context", "expert", "layers", "gradient", "padding", "batch_of_one", "bf16")
+    kinds: tuple[str, ...] = ("context", "expert", "layers", "gradient", "padding", "batch_of_one", "bf16")
 
     def __init__(self, seed: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ class Injector:
         elif kind == "expert":
             expert = self._broken(expert, value)
         elif kind == "layers":
-            layers = self._broken(layers, value)
+            layers = self._broken(layers, value, layer=True)
         elif kind == "gradient":
             self.poison = value
         elif kind == "padding":
@@ -60,14 +60,25 @@ class Injector:
         """Writes the broken number into one element of one gradient."""
         if self.poison is not None:
             gradients = [p.grad for p in head.parameters() if p.grad is not None]
-            chosen = gradients[int(torch.randint(len(gradients), (1,), generator=self.generator))]
+            chosen = gradients[self._draw(len(gradients))]
             chosen.flatten()[0] = self.poison
 
-    def _broken(self, values: torch.Tensor, value: float, first_columns: bool = False) -> torch.Tensor:
+    def _broken(
+        self, values: torch.Tensor, value: float, first_columns: bool = False, layer: bool = False
+    ) -> torch.Tensor:
+        """A copy with one broken number in a random row.
+
+        Anywhere in it, or in its first token, which is valid in every row, or in a layer that is in use.
+        """
         broken = values.clone()
-        row = broken[int(torch.randint(len(values), (1,), generator=self.generator))]
-        (row[0] if first_columns else row).view(-1)[0] = value  # the first token is valid in every row
+        row = broken[self._draw(len(values))]
+        row = row[0] if first_columns else row
+        row = row[1 + self._draw(len(row) - 1)] if layer else row  # layer 0 is a constant that nobody uses
+        row.view(-1)[self._draw(row.numel())] = value
         return broken
+
+    def _draw(self, count: int) -> int:
+        return int(torch.randint(count, (1,), generator=self.generator))
 
     def _must_refuse(self, head: EnergyHead, batch: Batch) -> None:
         mask = batch[1].clone()

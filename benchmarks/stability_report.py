@@ -29,7 +29,8 @@ COLUMNS: dict[str, Callable[[Row], float]] = {
     "in-batch": lambda row: rate(row, "in_batch"),
     "exits": lambda row: rate(row, "layer_exits"),
     "L1 chosen / policy": lambda row: row["held_out"]["rerank"]["l1_reranked"] / row["held_out"]["rerank"]["l1_policy"],
-    "saturated": lambda row: row["curve"][-1]["saturated"],
+    "saturated": lambda row: row["curve"][-1]["saturated"] if row["curve"] else math.nan,
+    "loss, end / start": lambda row: row["curve"][-1]["loss"] / row["curve"][0]["loss"] if row["curve"] else math.nan,
 }
 
 
@@ -63,8 +64,8 @@ def report(out: Path, held_out: Features) -> str:
     text = []
     for part in parts:
         members = [row for row in rows if row["part"] == part]
-        policy = members[0]["held_out"]["energy"]["spearman_to_policy"]
-        text.append(f"## {part} ({members[0]['steps']} steps; plain distance to the policy: Spearman {policy:.3f})\n")
+        plain, steps = members[0]["held_out"]["energy"]["spearman_to_policy"], max(row["steps"] for row in members)
+        text.append(f"## {part} ({steps} steps; plain distance to the policy: Spearman {plain:.3f})\n")
         text.append(table(members) + "\n")
     (out / "tables.md").write_text("\n".join(text))
     plot_curves(rows, out / "curves.png")
@@ -124,7 +125,7 @@ def plot_landscapes(out: Path, held_out: Features, extent: float = 1.5) -> None:
             plane = plane_slice(lambda chunks: head(encoded, chunks), policy, expert, extent, generator=generator)  # noqa: B023
         for index, axis in enumerate(line):
             height = float(plane.energies[index].max() - plane.energies[index].min())
-            plot_slice(plane, index, axis, f"{name}, frame {index + 1}, height {height:.1g}")
+            plot_slice(plane, index, axis, f"{name} {index + 1}, height {height:.1g}")
             if index or line is axes[0]:  # one legend is enough
                 axis.get_legend().remove()
     figure.savefig(out / "landscape.png", dpi=90)

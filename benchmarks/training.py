@@ -86,11 +86,16 @@ def train(
     broken = sum(int((~p.isfinite()).any()) for p in head.parameters())
     facts = {"curve": curve, "counters": guard.counters, "nonfinite_losses": nonfinite_losses}
     seconds = time.perf_counter() - started
-    return head, facts | {"nonfinite_parameters": broken, "ms_per_step": 1e3 * seconds / run.steps}
+    return head, facts | {"nonfinite_parameters": broken, "ms_per_step": 1e3 * seconds / max(1, run.steps)}
 
 
 def is_flat(curve: list[dict[str, float]], width: float, band: float = 0.02) -> bool | None:
-    """Whether the loss of the last tenth is that of a head that knows nothing (chance, or the margin's width)."""
+    """Whether the loss of the last tenth is that of a head that knows nothing (chance, or the margin's width).
+
+    None without a step, or without a loss that can tell.
+    """
+    if not curve:
+        return None
     last = curve[-max(1, len(curve) // 10) :]
     for name, chance in (("info_nce", "chance"), ("margin", None)):
         if name in last[0]:

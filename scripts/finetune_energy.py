@@ -12,6 +12,16 @@ import draccus
 from vla_energy.finetune.config import FinetuneConfig
 
 
+def _known_fields(name: str) -> str:
+    """The fields of one of our config classes: draccus tells a wrong one in a file, but not which there are."""
+    import dataclasses
+
+    import vla_energy.config as parts
+
+    cls = getattr(parts, name.strip("`'."), FinetuneConfig)
+    return "known: " + ", ".join(field.name for field in dataclasses.fields(cls))
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)
@@ -28,6 +38,8 @@ def main() -> None:
             raise
         # draccus says where, the cause says why: our own messages name the values that are known.
         why = f" ({error.__cause__})" if isinstance(error, draccus.ParsingError) and error.__cause__ else ""
+        if "are not valid for" in str(error):
+            why += f"; {_known_fields(str(error).split()[-1])}"
         sys.exit(f"error: {error}{why}\nVLA_ENERGY_TRACEBACK=1 shows where it was raised")
 
 

@@ -40,6 +40,17 @@ def test_presets_are_fresh_and_original_is_the_reports() -> None:
     assert EnergyConfig.preset("recommended") == EnergyConfig()
 
 
+def test_defaults_are_those_that_were_measured() -> None:
+    """docs/stability.md is about these numbers: who changes one measures again."""
+    config = EnergyConfig()
+    assert (config.head.name, config.head.reference, config.head.factor_bound) == ("residual", True, 1.5)
+    assert (config.range.name, config.range.anchor_weight, config.temperature.value) == ("linear", 1e-3, 1.0)
+    assert (config.guard.max_grad_norm, config.guard.skip_grad_norm, config.guard.lr_factor) == (0.5, 100.0, 1.0)
+    assert (config.loss.info_nce, config.loss.listwise, config.loss.centre) == (0.002, 0.02, 1.0)
+    stages = [EnergyConfig.preset(f"stage{number}").guard for number in (1, 2, 3)]
+    assert [(guard.lr_factor, guard.skip_grad_norm) for guard in stages[1:]] == [(0.1, 10.0)] * 2
+
+
 def test_range_constants_follow_the_name_unless_set() -> None:
     assert RangeConfig(name="softplus_scaled").constants() == (5.0, 0.1, 1e-3)
     assert RangeConfig(name="bounded", scale=2.0).constants() == (2.0, 1.0, 0.1)

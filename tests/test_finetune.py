@@ -18,7 +18,7 @@ from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsErr
 from vla_energy.backbones import CheckpointFolderError, load_openvla
 from vla_energy.backbones.tiny import write_random_start
 from vla_energy.checkpoint import CheckpointError, load_head
-from vla_energy.config import EnergyConfig, LayerExitsConfig, MonitorConfig
+from vla_energy.config import EnergyConfig, LayerExitsConfig, LossConfig, MonitorConfig, TemperatureConfig
 from vla_energy.data import DatasetError
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
@@ -101,6 +101,9 @@ def test_two_steps_then_resume_equal_four(tiny_folder: Path, tmp_path: Path) -> 
     assert rows[0] == rows[1]
     with pytest.raises(CheckpointError, match="learning_rate"):
         Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, learning_rate=1e-3))
+    other = EnergyConfig(temperature=TemperatureConfig(value=2.0))
+    with pytest.raises(CheckpointError, match=r"other values of: energy\.temperature\.value$"):
+        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, energy=other))
     with pytest.raises(CheckpointError, match=r"no checkpoint at step 3.*\[2, 4\]"):
         Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, resume_step=3))
 
@@ -223,6 +226,9 @@ def test_the_heads_rate_has_its_factor_and_exits_can_be_normed(tiny_folder: Path
     assert (normed - raw).abs().max() > 1e-4
 
 
+NO_SHUFFLE = EnergyConfig(loss=LossConfig(margin=1.0, margin_sources=("shuffle",)))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
@@ -240,6 +246,7 @@ def test_the_heads_rate_has_its_factor_and_exits_can_be_normed(tiny_folder: Path
         ({"num_images_in_input": 2}, DatasetError, "wrist"),
         ({"resume": True}, CheckpointError, "resume"),
         ({"resume_step": 3}, FlagError, "--resume True"),
+        ({"energy": NO_SHUFFLE}, ValueError, "margin_sources=.'shuffle'.: not drawn.*in_batch"),
         ({"wandb_project": "p"}, FlagError, "pip install wandb"),
     ],
 )
@@ -248,6 +255,7 @@ def test_bad_flags_are_told_before_training(
 ) -> None:
     with pytest.raises(error, match=text):
         _run(_config(tiny_folder, tmp_path, **changes))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()  # so that the corrected command finds the name free
 
 
 def test_an_earlier_run_is_not_overwritten(tiny_folder: Path, tmp_path: Path) -> None:

@@ -355,6 +355,17 @@ def test_sources_that_cannot_give_a_chunk_are_told(name: str, change: dict[str, 
     assert warning in str(error.value)
 
 
+def test_the_margin_asks_only_for_what_is_drawn() -> None:
+    sizes = (B, L, H, A, TRAITS)
+    names = ("layer_exits", "layer_exit_1", "policy", "policy_noise")
+    assert check_sources(only("layer_exits", "policy_noise"), *sizes, names) == []
+    for name in ("in_batch", f"layer_exit_{L - 1}"):
+        with pytest.raises(ValueError, match=rf"margin_sources=\['{name}'\]: not drawn.*layer_exit_1"):
+            check_sources(only("layer_exits", "policy_noise"), *sizes, (name, "policy"))
+    with pytest.raises(ValueError, match="margin_sources"):
+        check_sources(only("in_batch"), *sizes, ("policy",))
+
+
 def test_every_idle_source_is_told_and_sizes_are_checked() -> None:
     warnings = check_sources(only(*SOURCES), 1, 2, 1, A, TRAITS)
     assert [warning.split()[0] for warning in warnings] == [

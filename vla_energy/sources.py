@@ -121,15 +121,18 @@ def check_sources(
     horizon: int,
     action_dim: int,
     traits: ActionTraits | None = None,
+    margin_sources: Sequence[str] = (),
 ) -> list[str]:
     """One warning in words for each source that is on but cannot give a chunk that differs from the expert's.
 
     Args:
         batch_size: B of one process.
         num_layers: L of `layer_actions`, layer 0 and the policy among them.
+        margin_sources: names that the margin loss asks for.
 
     Raises:
-        ValueError: a size is below 1, a setting is impossible, or no source that is on can give a chunk.
+        ValueError: a size is below 1, a setting is impossible, no source that is on can give a chunk, or the margin
+            asks for one that is off.
     """
     sizes = {"batch_size": batch_size, "num_layers": num_layers, "horizon": horizon, "action_dim": action_dim}
     for name, size in sizes.items():
@@ -151,6 +154,12 @@ def check_sources(
     warnings = [f"negatives.{name} is on but {idle[name]}" for name in switched_on if idle.get(name)]
     if len(warnings) == len(switched_on):
         raise ValueError(f"no source of negatives can give a chunk: {'; '.join(warnings)}")
+    exits = config.layer_exits
+    layers = negatives.exit_layers(num_layers, exits.count, exits.layers) if exits.count and num_layers > 2 else ()
+    drawn = [*switched_on, *(f"layer_exit_{layer}" for layer in layers)]
+    drawn += ["policy"] if config.policy_noise.count else []
+    if missing := [name for name in margin_sources if name not in drawn]:
+        raise ValueError(f"loss.margin_sources={list(missing)}: not drawn with these settings; drawn are {drawn}")
     return warnings
 
 

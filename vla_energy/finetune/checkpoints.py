@@ -81,7 +81,8 @@ def resume(trainer: Trainer) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    changed = [key for key, value in state["flags"].items() if _flags(config).get(key) != value]
+    saved, asked = state["flags"], _flags(config)
+    changed = [key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)]
     if changed:
         raise CheckpointError(f"{path} was made with other values of: {', '.join(sorted(changed))}")
     trainer.step = int(state["step"])
@@ -138,12 +139,19 @@ def _saved_step(path: Path) -> int:
 
 
 def _flags(config: FinetuneConfig) -> dict[str, str]:
-    values = {key: value for key, value in vars(config).items() if key not in _FREE}
-    flags = {key: repr(value) for key, value in values.items()}
+    values = {key: value for key, value in vars(config).items() if key not in (*_FREE, "energy")}
+    flags = {key: repr(value) for key, value in (values | _flat("energy", config.energy.to_dict())).items()}
     if config.lr_schedule == "cosine":
         flags["max_steps"] = repr(config.max_steps)  # the schedule ends there
     # A folder by where it is, whatever the working directory; the embedded one wherever the package is installed.
     return flags | ({} if config.vla_path == EMBEDDED else {"vla_path": str(vla_folder(config).resolve())})
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested dicts as one: `energy.range.name`."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: leaf for key, part in value.items() for path, leaf in _flat(f"{name}.{key}", part).items()}
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:

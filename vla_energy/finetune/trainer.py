@@ -73,7 +73,9 @@ class Trainer:
         config, vla = self.config, self.job.vla
         traits = ActionTraits.of(self.job.statistics)
         shape = (config.batch_size, vla.num_layers + 1, vla.horizon, vla.action_dim)
-        for warning in check_sources(config.energy.negatives, *shape, traits):
+        loss = config.energy.loss
+        asked = loss.margin_sources if loss.margin else ()
+        for warning in check_sources(config.energy.negatives, *shape, traits, asked):
             logger.warning("%s", warning)
         return traits
 
