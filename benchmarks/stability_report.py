@@ -124,8 +124,7 @@ def plot_landscapes(out: Path, held_out: Features, extent: float = 1.5) -> None:
             generator = torch.Generator().manual_seed(0)
             plane = plane_slice(lambda chunks: head(encoded, chunks), policy, expert, extent, generator=generator)  # noqa: B023
         for index, axis in enumerate(line):
-            height = float(plane.energies[index].max() - plane.energies[index].min())
-            plot_slice(plane, index, axis, f"{name} {index + 1}, height {height:.1g}")
+            plot_slice(plane, index, axis, f"{name} {index + 1}")
             if index or line is axes[0]:  # one legend is enough
                 axis.get_legend().remove()
     figure.savefig(out / "landscape.png", dpi=90)
