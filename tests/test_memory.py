@@ -118,12 +118,26 @@ def test_a_loaded_memory_answers_alike_and_tells_its_size(memory: ChunkMemory, t
         assert torch.equal(mine, theirs)
 
 
+def test_rows_that_are_not_finite_find_nothing_and_spoil_no_other(memory: ChunkMemory) -> None:
+    batch = frames(5, 3, seed=1)
+    expected = memory.nearest(*batch[:3], 2)
+    context, policy = batch.context.clone(), batch.policy.clone()
+    context[0, 0, 0], policy[2, 0, 0] = torch.nan, torch.inf
+    found = memory.nearest(context, batch.context_mask, policy, 2)
+    assert found.distances[[0, 2]].isinf().all() and (found.episodes[[0, 2]] == -1).all()
+    assert torch.equal(found.distances[1], expected.distances[1]) and torch.equal(found.chunks[1], expected.chunks[1])
+
+
 def test_bad_input(memory: ChunkMemory, tmp_path: Path) -> None:
     batch = frames(5, 4)
     with pytest.raises(ValueError, match="count=0"):
         memory.nearest(*batch[:3], 0)
     with pytest.raises(ValueError, match=r"expected \(B,S,12\)"):
         memory.nearest(batch.context[..., :5], batch.context_mask, batch.policy, 1)
+    with pytest.raises(ValueError, match=r"the memory's chunks are \(3, 2\)"):
+        memory.nearest(batch.context, batch.context_mask, batch.policy[:, 1:], 1)
+    with pytest.raises(ValueError, match=r"policy \(3, 3, 2\) for context"):
+        memory.nearest(batch.context, batch.context_mask, batch.policy[1:], 1)
     with pytest.raises(ValueError, match="no frame"):
         ChunkMemory.build([], statistics())
     with pytest.raises(ValueError, match="two episodes"):

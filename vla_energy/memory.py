@@ -57,8 +57,8 @@ class Retrieved:
     Attributes:
         chunks: `(B,K,H,A)` their expert chunks, normalised.
         distances: `(B,K)` between keys; 1 is the typical distance of a remembered frame to the nearest of another
-            episode. inf where fewer than K frames are left.
-        episodes: `(B,K)`; -1 where the distance is inf (the chunk is the nearest one's there).
+            episode. inf where fewer than K frames are left, and in rows whose context or policy is not finite.
+        episodes: `(B,K)`; -1 where the distance is inf (the chunk means nothing there).
     """
 
     chunks: Tensor
@@ -89,9 +89,11 @@ class KeyEncoder:
         """Keys `(B,K+H*A)` fp32 on the CPU, see `MemoryBatch` for the arguments.
 
         Raises:
-            ValueError: another D than the memory's.
+            ValueError: another D than the memory's, or shapes that do not fit.
         """
         rows = (_flatten(context, context_mask, self.projection, self.tokens) - self.mean) @ self.basis
+        if policy.ndim != 3 or len(policy) != len(rows):
+            raise ValueError(f"policy {tuple(policy.shape)} for context {tuple(context.shape)}: expected (B,H,A)")
         return torch.cat([rows, self.policy_weight * policy.detach().cpu().float().flatten(1)], 1) / self.unit
 
 
@@ -201,11 +203,17 @@ class ChunkMemory:
             exclude: `(B,)` an episode that lends nothing to the row, for queries that are themselves remembered.
 
         Raises:
-            ValueError: shapes that do not fit, or a count below 1.
+            ValueError: shapes that do not fit the memory's, or a count below 1.
         """
         if count < 1:
             raise ValueError(f"count={count}: expected 1 or more")
-        distances, index = self._nearest(self.encoder(context, context_mask, policy), count, exclude)
+        if policy.shape[1:] != self.chunks.shape[1:]:
+            raise ValueError(f"policy {tuple(policy.shape)}: the memory's chunks are {tuple(self.chunks.shape[1:])}")
+        keys = self.encoder(context, context_mask, policy)
+        finite = keys.isfinite().all(1)
+        # faiss answers NaN with row -1, which would be the last frame's chunk.
+        distances, index = self._nearest(keys.masked_fill(~finite[:, None], 0.0), count, exclude)
+        distances = distances.masked_fill(~finite[:, None], torch.inf)
         missing = distances.isinf()
         index = torch.where(missing, index[:, :1], index)
         episodes = self.episodes[index].masked_fill(missing, -1)
@@ -226,7 +234,11 @@ class ChunkMemory:
         return distances, torch.nn.functional.pad(index[:, :count], (0, short))
 
     def save(self, path_or_folder: str | Path, step: int) -> Path:
-        """Writes `chunk_memory--{step}_checkpoint.safetensors` into a folder, or the file if the path ends so."""
+        """Writes `chunk_memory--{step}_checkpoint.safetensors` into a folder, or the file if the path ends so.
+
+        Raises:
+            CheckpointError: the file cannot be written; an older one stays as it was.
+        """
         path = Path(path_or_folder)
         path = path if path.suffix == ".safetensors" else path / f"{PREFIX}{step}_checkpoint.safetensors"
         encoder = self.encoder
