@@ -15,7 +15,7 @@ from vla_energy.data import libero_env as lb
 from vla_energy.data import libero_scenes
 from vla_energy.data.metaworld_env import GL_HELP, SimulatorError
 from vla_energy.rollout.run import EVALUATION_SEED_OFFSET
-from vla_energy.rollout.simulator import check_tasks
+from vla_energy.rollout.simulator import expand_tasks
 
 BACKEND = "vla_energy.data.libero_env:Libero"
 TASK = "pick_up_the_black_bowl_on_the_cookie_box_and_place_it_on_the_plate"
@@ -116,7 +116,7 @@ def test_tasks_and_goal(answers: dict[str, Any]) -> None:
 
 def test_unknown_task_lists_those_there_are(answers: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="fly") as error:
-        check_tasks(["fly"], BACKEND)
+        expand_tasks(["fly"], BACKEND)
     assert TASK in str(error.value)
 
 

@@ -15,7 +15,7 @@ from vla_energy.data.metaworld_env import SimulatorError
 from vla_energy.rollout import statistics
 from vla_energy.rollout.interface import Decision
 from vla_energy.rollout.run import EVALUATION_SEED_OFFSET, run_rollouts
-from vla_energy.rollout.simulator import SimulatorProcess, check_tasks
+from vla_energy.rollout.simulator import SimulatorProcess, expand_tasks
 
 BACKEND = "point_world:PointWorld"
 
@@ -175,7 +175,7 @@ def test_a_dead_or_hanging_simulator_is_an_error_not_a_hang():
         with pytest.raises(SimulatorError, match="no answer to execute in 0.2 s"):
             world.execute(np.zeros((1, 1)))
     with pytest.raises(SimulatorError, match="No module named 'no_backend'"):
-        check_tasks(["near"], "no_backend:World")
+        expand_tasks(["near"], "no_backend:World")
 
 
 def test_wilson_against_known_values():
@@ -226,5 +226,5 @@ def test_metaworld_renders_and_agrees_between_processes():
                 first, second = ahead.observation, behind.observation
             assert np.array_equal(first.images, second.images) and np.array_equal(first.proprio, second.proprio)
     with pytest.raises(ValueError, match=r"unknown metaworld task\(s\): drawer-opne; known: .*drawer-open"):
-        check_tasks(["drawer-opne"])
+        expand_tasks(["drawer-opne"])
     assert "mujoco" not in sys.modules  # this process stays free of simulators

@@ -189,11 +189,6 @@ def expand_tasks(names: list[str], backend: str = "metaworld") -> list[str]:
     return tasks
 
 
-def check_tasks(tasks: list[str], backend: str = "metaworld") -> None:
-    """Raises as `expand_tasks` does."""
-    expand_tasks(tasks, backend)
-
-
 class _ChildError(Exception):
     """Carries the child's traceback as the cause of the error raised here."""
 
