@@ -26,7 +26,9 @@ from vla_energy.finetune.evaluate import calibrated_gate
 from vla_energy.finetune.trainer import Trainer, rate_factor
 from vla_energy.monitors import RankingReport
 from vla_energy.rerank import MARGIN_KEY, Reranker
+from vla_energy.rollout.interface import Request
 from vla_energy.rollout.policy import load_policy
+from vla_energy.rollout.world import Observation
 
 
 def _config(folder: Path, runs: Path, **changes: Any) -> FinetuneConfig:
@@ -125,19 +127,22 @@ def test_checkpoint_loads_as_a_policy_with_a_head(tiny_folder: Path, tmp_path: P
     # Two steps teach nothing that a calibrated gate would believe.
     assert Reranker.from_checkpoint(folder).margin == math.inf
     policy = load_policy(str(folder))
-    assert policy.arms == {"policy", "rerank"} and (policy.horizon, policy.action_dim) == (8, 4)
-    images, instruction = list(raw["images"]), list(raw["instructions"])
-    proprio = [np.zeros(4, np.float32)] * 3
-    decisions = policy.act(images, proprio, instruction, "rerank", [torch.Generator().manual_seed(i) for i in range(3)])
-    alone = policy.act(images[:1], proprio[:1], instruction[:1], "rerank", [torch.Generator().manual_seed(0)])
+    assert policy.arms == {"policy", "rerank", "refine", "replan"} and (policy.horizon, policy.action_dim) == (8, 4)
+
+    def request(row: int, images: np.ndarray) -> Request:
+        seen = Observation(images, np.zeros(4, np.float32), raw["instructions"][row])
+        return Request(seen, torch.Generator().manual_seed(row))
+
+    images = list(raw["images"])
+    decisions = policy.act([request(row, image) for row, image in enumerate(images)], "rerank")
+    alone = policy.act([request(0, images[0])], "rerank")
     assert decisions[0].actions.values.shape == (8, 4)
     np.testing.assert_allclose(decisions[0].actions.values, alone[0].actions.values, atol=1e-5)
     # A simulator may have more cameras than the policy, and not fewer.
-    arguments = proprio[:1], instruction[:1], "rerank", [torch.Generator().manual_seed(0)]
-    second = policy.act([np.concatenate([images[0], 255 - images[0]])], *arguments)
+    second = policy.act([request(0, np.concatenate([images[0], 255 - images[0]]))], "rerank")
     np.testing.assert_array_equal(second[0].actions.values, alone[0].actions.values)
     with pytest.raises(ValueError, match="1 cameras, the simulator has 0"):
-        policy.act([images[0][:0]], *arguments)
+        policy.act([request(0, images[0][:0])], "rerank")
     rows = [json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < rows[-1]["val/finetune/l1_val"] < 2
     assert {"train/l1", "energy/loss", "energy/grad_norm"} <= rows[0].keys()

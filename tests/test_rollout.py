@@ -36,12 +36,13 @@ class FakePolicy:
     def __init__(self):
         self.batches = []
 
-    def act(self, images, proprios, instructions, arm, generators):
-        self.batches.append(len(images))
-        assert all(image.shape == (1, 4, 4, 3) for image in images)
+    def act(self, requests, arm):
+        self.batches.append(len(requests))
+        assert all(request.observation.images.shape == (1, 4, 4, 3) for request in requests)
         decisions = []
-        for proprio, generator in zip(proprios, generators, strict=True):
-            noise = torch.rand(6, 1, generator=generator, dtype=torch.float64).numpy()
+        for request in requests:
+            proprio = request.observation.proprio
+            noise = torch.rand(6, 1, generator=request.generator, dtype=torch.float64).numpy()
             turned = proprio[0] < 0 or (proprio[0] == 0 and noise[0, 0] > 0.5)
             sign = -1.0 if arm != "rerank" and turned else 1.0
             step = sign * np.where(noise > 0.1, 0.15, 0.05)
@@ -112,7 +113,7 @@ def test_nothing_runs_if_the_results_cannot_be_written(tmp_path):
     [
         ({"episodes": 0}, "episodes must be at least 1"),
         ({"replan_every": 7}, "exceeds the checkpoint's horizon 6"),
-        ({"arms": ["policy", "magic"]}, "unknown arm.*magic; known: policy, rerank, twin"),
+        ({"arms": ["policy", "magic"]}, "unknown arm.*magic; known: policy, refine, replan, rerank, rerank.retrieve, retrieve, twin"),
         ({"arms": ["policy", "policy"]}, "each once"),
         ({"tasks": ["nowhere"]}, "unknown .* nowhere; known: dies, far"),
         ({"seed": EVALUATION_SEED_OFFSET}, "seed must be in"),
@@ -145,7 +146,7 @@ def test_an_arm_the_checkpoint_lacks_and_a_wrong_action_dimension():
 )
 def test_a_policy_that_answers_nonsense_is_refused(monkeypatch, actions, message):
     policy = FakePolicy()
-    monkeypatch.setattr(policy, "act", lambda images, *_: [Decision(actions)] * len(images))
+    monkeypatch.setattr(policy, "act", lambda requests, _: [Decision(actions)] * len(requests))
     with pytest.raises(ValueError, match=f"task near, seed 1000003, step 0.*{message}"):
         rollouts(policy)
 

@@ -14,7 +14,7 @@ from test_rollout import FakePolicy
 
 from vla_energy.actions import RawActions
 from vla_energy.data.metaworld_env import GL_HELP, SimulatorError
-from vla_energy.rollout.interface import Decision
+from vla_energy.rollout.interface import Decision, Request
 from vla_energy.rollout.run import Settings, run_rollouts
 from vla_energy.rollout.simulator import backend_info, expand_tasks
 
@@ -48,13 +48,13 @@ class Lift:
         self.images: list[np.ndarray] = []
         self.proprios: list[np.ndarray] = []
 
-    def act(
-        self, images: list[np.ndarray], proprios: list[np.ndarray], instructions: list[str], arm: str, generators: Any
-    ) -> Sequence[Decision]:
-        assert instructions == ["pick up the black bowl on the stove and place it on the plate"] * len(images)
-        self.images += images
-        self.proprios += proprios
-        return [Decision(RawActions(np.tile([0.0, 0, 1, 0, 0, 0, 1], (4, 1)))) for _ in images]
+    def act(self, requests: Sequence[Request], arm: str) -> Sequence[Decision]:
+        for request in requests:
+            seen = request.observation
+            assert seen.instruction == "pick up the black bowl on the stove and place it on the plate"
+            self.images.append(seen.images)
+            self.proprios.append(seen.proprio)
+        return [Decision(RawActions(np.tile([0.0, 0, 1, 0, 0, 0, 1], (4, 1)))) for _ in requests]
 
 
 def _rollouts(policy: Any, tasks: list[str], episodes: int, **options: Any) -> dict[str, Any]:

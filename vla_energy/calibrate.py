@@ -11,12 +11,14 @@ _GRID = 16
 """Margins tried; Bonferroni's correction pays for each."""
 
 
-def calibrate_margin(energies: Tensor, distances: Tensor, risk: float = 0.1, confidence: float = 0.9) -> float:
+def calibrate_margin(
+    energies: Tensor, distances: Tensor, risk: float = 0.1, confidence: float = 0.9, tolerance: float = 0.0
+) -> float:
     """The smallest margin whose accepted choices are worse than the policy's chunk at most with probability `risk`.
 
     With probability `confidence` over the held-out rows, P(worse | accepted) <= risk on new rows of the same
     distribution. Rows must be exchangeable: take them from many episodes, not many from one. "Worse" is a distance
-    above that of the policy's chunk, by any amount.
+    above that of the policy's chunk by more than `tolerance`.
 
     Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021, arXiv:2110.01052) with exact binomial p-values
     (Clopper and Pearson, 1934) and Bonferroni's correction over a grid fixed before outcomes are looked at: accept the
@@ -28,6 +30,7 @@ def calibrate_margin(energies: Tensor, distances: Tensor, risk: float = 0.1, con
         distances: `(M,N)` to the expert's chunk.
         risk: between 0 and 1.
         confidence: between 0 and 1.
+        tolerance: 0 or more, in the distances' unit.
 
     Returns:
         A margin for `choose`; inf where no margin passes, so that the gate stays shut.
@@ -39,13 +42,15 @@ def calibrate_margin(energies: Tensor, distances: Tensor, risk: float = 0.1, con
         raise ValueError(f"energies {tuple(energies.shape)}, distances {tuple(distances.shape)}: expected equal (M,N)")
     if not (0 < risk < 1 and 0 < confidence < 1):
         raise ValueError(f"risk={risk}, confidence={confidence}: expected both between 0 and 1")
+    if not 0 <= tolerance < math.inf:
+        raise ValueError(f"tolerance={tolerance}: expected a finite number, 0 or more")
     if not distances.isfinite().all():
         raise ValueError("distances must be finite")
     energies = energies.float()
     energies = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf))
     lowest, index = energies.min(1)
     gains, order = (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf).sort(descending=True)
-    worse = (distances.gather(1, index[:, None])[:, 0] > distances[:, 0])[order]
+    worse = (distances.gather(1, index[:, None])[:, 0] > distances[:, 0] + tolerance)[order]
     positive = int((gains > 0).sum())
     level = (1 - confidence) / _GRID
     fewest = math.ceil(math.log(level) / math.log1p(-risk))  # fewer rows cannot pass even if none is worse

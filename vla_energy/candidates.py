@@ -1,20 +1,46 @@
-"""Proposals for the reranker: the policy's chunk, chunks from inner layers, and smooth noise on the policy's chunk.
+"""Proposals for the reranker: the policy's chunk, inner layers' chunks, smooth noise on the policy's chunk, and others.
 
-All in normalised units. The policy's own chunk is candidate 0, bit for bit.
+All in normalised units. The policy's own chunk is candidate 0, bit for bit. Others are what the caller has: chunks
+retrieved from the training set with what speaks against them (`retrieved_source`), the rest of the chunk under way
+(`overlap`), chunks of cropped images, samples of a stochastic head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vla_energy.config import CandidatesConfig
+from vla_energy.config import CandidatesConfig, RetrievalConfig
+from vla_energy.measures import chunk_distance
 from vla_energy.noise import noise_scale, smooth_noise
 
-__all__ = ["CandidateSet", "noise_scale", "propose", "smooth_noise"]
+__all__ = [
+    "CandidateSet",
+    "Source",
+    "noise_scale",
+    "overlap",
+    "propose",
+    "retrieved_source",
+    "smooth_noise",
+    "source_report",
+]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Chunks from elsewhere.
+
+    Attributes:
+        chunks: `(B,K,H,A)` normalised.
+        prior: `(B,K)` added to their energies, lower is better; None is 0. inf rules a chunk out.
+    """
+
+    chunks: Tensor
+    prior: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -23,11 +49,13 @@ class CandidateSet:
 
     Attributes:
         actions: `(B,N,H,A)`, normalised; index 0 is the policy's chunk.
-        sources: N names, one a column: `policy`, `layer_exit_<layer>`, `noise_<std>`.
+        sources: N names, one a column: `policy`, `layer_exit_<layer>`, `noise_<std>`, then the caller's.
+        prior: `(B,N)` fp32, to be added to the energies; 0 but where a source brought one.
     """
 
     actions: Tensor
     sources: tuple[str, ...]
+    prior: Tensor
 
 
 def propose(
@@ -40,8 +68,9 @@ def propose(
     scale: Tensor | None = None,
     correlation: float = 0.9,
     max_layer_exits: int = 4,
+    others: Mapping[str, Source] | None = None,
 ) -> CandidateSet:
-    """The policy's chunk, then inner layer exits (deepest first), then `config.num_candidates` noisy copies.
+    """The policy's chunk, inner layer exits (deepest first), `config.num_candidates` noisy copies, then the others.
 
     Noise keeps the policy's gripper. All but candidate 0 are clamped to [-1, 1] on the other dimensions, which are the
     normalised ones.
@@ -55,6 +84,7 @@ def propose(
         scale: `(A,)` factor of the noise per dimension, see `noise_scale`; None is 1.
         correlation: of noise at neighbouring time steps, see `smooth_noise`.
         max_layer_exits: only so many of the deepest inner layers.
+        others: sources by name.
 
     Raises:
         ValueError: shapes do not fit, or a gripper dimension does not exist.
@@ -75,8 +105,65 @@ def propose(
         noisy = torch.where(free, policy[:, None].float() + noise, policy[:, None].float()).to(policy.dtype)
         columns.extend(noisy.unbind(1))
         sources.extend(f"noise_{std:g}" for std in stds)
+    prior = [torch.zeros(len(policy), 1 + len(columns), device=policy.device)]
+    for name, source in (others or {}).items():
+        if source.chunks.ndim != 4 or source.chunks[:, 0].shape != policy.shape:
+            raise ValueError(
+                f"{name} {tuple(source.chunks.shape)}: expected (B,K,H,A) for policy {tuple(policy.shape)}"
+            )
+        columns.extend(source.chunks.to(policy).unbind(1))
+        sources.extend([name] * source.chunks.shape[1])
+        none = torch.zeros(source.chunks.shape[:2], device=policy.device)
+        prior.append(none if source.prior is None else source.prior.to(none))
     columns = [policy, *(torch.where(free, column.clamp(-1, 1), column) for column in columns)]
-    return CandidateSet(torch.stack(columns, 1), ("policy", *sources))
+    return CandidateSet(torch.stack(columns, 1), ("policy", *sources), torch.cat(prior, 1))
+
+
+def retrieved_source(chunks: Tensor, distances: Tensor, config: RetrievalConfig) -> Source:
+    """Retrieved `chunks (B,K,H,A)` at key `distances (B,K)`, see `memory.Retrieved`.
+
+    The prior is `weight * (distance - reach)`: the nearer a key, the more its chunk is believed. It is inf where
+    nothing was found.
+    """
+    return Source(chunks, torch.where(distances.isfinite(), config.weight * (distances - config.reach), math.inf))
+
+
+def overlap(policy: Tensor, previous: Sequence[Tensor | None], executed: Sequence[int]) -> Tensor:
+    """What is left of the chunk under way, filled up with the end of the policy's new one: `(B,H,A)`.
+
+    Args:
+        policy: `(B,H,A)` the policy's new chunks.
+        previous: of each row, the chunk `(H,A)` under way, or None (then the policy's chunk is given back).
+        executed: of each row, its actions that were executed.
+    """
+    rows = []
+    for fresh, chunk, done in zip(policy, previous, executed, strict=True):
+        left = fresh[:0] if chunk is None else chunk[done:].to(fresh)
+        rows.append(torch.cat([left, fresh[len(left) :]]))
+    return torch.stack(rows)
+
+
+def source_report(candidates: CandidateSet, expert: Tensor) -> dict[str, dict[str, float]]:
+    """What each source offers on B frames: `spread`, `oracle` (L1) and `oracle_with_policy`, normalised units.
+
+    `spread` is the mean distance of its chunks to the policy's, `oracle` the L1 of the best of them to the expert's
+    `(B,H,A)`, `oracle_with_policy` that of the best of them and the policy's. Chunks whose prior is inf do not count;
+    rows without any other are left out of the first two.
+    """
+    distances = chunk_distance(candidates.actions, expert)
+    away = chunk_distance(candidates.actions, candidates.actions[:, 0].float())
+    report = {}
+    for name in dict.fromkeys(source.partition("_")[0] for source in candidates.sources):
+        columns = [i for i, source in enumerate(candidates.sources) if source.partition("_")[0] == name]
+        there = candidates.prior[:, columns] < math.inf
+        best = distances[:, columns].masked_fill(~there, math.inf).amin(1)
+        rows = there.any(1)
+        report[name] = {
+            "spread": float(away[:, columns][there].mean()),
+            "oracle": float(best[rows].mean()),
+            "oracle_with_policy": float(torch.minimum(best, distances[:, 0]).mean()),
+        }
+    return report
 
 
 def _check(policy: Tensor, layer_actions: Tensor | None, gripper_dims: Sequence[int]) -> None:

@@ -13,7 +13,10 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-COMMANDS = {"rollout": ("vla_energy.rollout.command", "closed-loop episodes of a checkpoint, arms paired by seed")}
+COMMANDS = {
+    "memory": ("vla_energy.finetune.remember", "remember the training set beside a checkpoint, for retrieval"),
+    "rollout": ("vla_energy.rollout.command", "closed-loop episodes of a checkpoint, arms paired by seed"),
+}
 """Subcommand -> its module, and one line of help."""
 
 _BAD_INPUT = 2

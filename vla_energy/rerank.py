@@ -62,14 +62,16 @@ class RerankResult:
     Attributes:
         actions: `(B,H,A)` chosen chunks, in the candidates' dtype; a bit-for-bit copy of one of them.
         index: `(B,)` their position among the candidates, 0 = the policy's.
-        energies: `(B,N)` fp32; inf where a candidate or its energy is not finite.
+        energies: `(B,N)` fp32, without the prior; inf where a candidate or its energy is not finite.
         accepted: `(B,)` bool, True where another chunk than the policy's passed the gate.
+        scores: `(B,N)` fp32, energies with the prior; what the choice was made by.
     """
 
     actions: Tensor
     index: Tensor
     energies: Tensor
     accepted: Tensor
+    scores: Tensor
 
 
 @contextmanager
@@ -95,7 +97,9 @@ def choose(energies: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     return torch.where(accepted, index, torch.zeros_like(index)), accepted
 
 
-def rerank(energy_fn: Callable[[Tensor], Tensor], candidates: Tensor, margin: float) -> RerankResult:
+def rerank(
+    energy_fn: Callable[[Tensor], Tensor], candidates: Tensor, margin: float, prior: Tensor | None = None
+) -> RerankResult:
     """Best of N behind the gate, see `choose`.
 
     Candidates that are not finite are dropped. Where the policy's chunk is finite and its energy is not, nothing can be
@@ -105,14 +109,17 @@ def rerank(energy_fn: Callable[[Tensor], Tensor], candidates: Tensor, margin: fl
         energy_fn: normalised chunks `(B,N,H,A)` to energies `(B,N)`, lower is better.
         candidates: `(B,N,H,A)` normalised, N >= 1, index 0 the policy's.
         margin: in units of energy, 0 or more; inf returns the policy's chunk always.
+        prior: `(B,N)` added to the energies, 0 for the policy's; inf rules a candidate out. None is 0.
 
     Raises:
         TypeError: candidates are no tensor (raw actions, arrays).
-        ValueError: shapes do not fit, there is no candidate, or the margin is negative or NaN.
+        ValueError: shapes do not fit, there is no candidate, the margin is negative or NaN, or a prior is NaN or -inf.
     """
     _check_candidates(candidates)
     if not margin >= 0:
         raise ValueError(f"margin={margin}: expected 0 or more")
+    if prior is not None and (prior.shape != candidates.shape[:2] or not (prior > -math.inf).all()):
+        raise ValueError(f"prior {tuple(prior.shape)}: expected (B,N) = {tuple(candidates.shape[:2])}, no NaN or -inf")
     finite = _finite(candidates)
     # A dropped candidate is scored as zeros: NaN must not reach the head, which may mix candidates in a matrix product.
     scored = torch.where(finite[:, :, None, None], candidates, torch.zeros_like(candidates))
@@ -121,11 +128,12 @@ def rerank(energy_fn: Callable[[Tensor], Tensor], candidates: Tensor, margin: fl
         raise ValueError(f"energy_fn gave {tuple(energies.shape)} for candidates {tuple(candidates.shape)}")
     usable = finite & energies.isfinite()
     energies = torch.where(usable, energies, torch.full_like(energies, math.inf))
-    index, accepted = choose(energies, margin)
+    scores = energies if prior is None else energies + prior.to(energies)
+    index, accepted = choose(scores, margin)
     accepted = accepted & (usable[:, 0] | ~finite[:, 0])
     index = torch.where(accepted, index, torch.zeros_like(index))
     actions = candidates[torch.arange(len(candidates), device=candidates.device), index]
-    return RerankResult(actions, index, energies, accepted)
+    return RerankResult(actions, index, energies, accepted, scores)
 
 
 class Reranker:
@@ -180,13 +188,22 @@ class Reranker:
             )
         return cls(loaded.head, loaded.statistics, loaded.config, margin)
 
-    def __call__(self, context: Tensor, context_mask: Tensor, candidates: Tensor) -> RerankResult:
+    def __call__(
+        self,
+        context: Tensor,
+        context_mask: Tensor,
+        candidates: Tensor,
+        prior: Tensor | None = None,
+        margin: float | None = None,
+    ) -> RerankResult:
         """Chooses for each row, see `rerank`.
 
         Args:
             context: `(B,S,D)` hidden states.
             context_mask: `(B,S)` True = valid.
             candidates: `(B,N,H,A)` normalised, index 0 the policy's own chunk.
+            prior: `(B,N)`, see `rerank`.
+            margin: instead of the reranker's own, for this call.
 
         Raises:
             TypeError, ValueError: as `rerank`.
@@ -201,7 +218,8 @@ class Reranker:
             reference = candidates[:, 0].float()
             reference = reference.masked_fill(~reference.isfinite().all(2).all(1)[:, None, None], math.nan)
             encoded = self.head.encode(context, context_mask, reference)
-            result = rerank(lambda actions: self.head(encoded, actions), candidates, self.margin)
+            margin = self.margin if margin is None else margin
+            result = rerank(lambda actions: self.head(encoded, actions), candidates, margin, prior)
         self._count(candidates, result)
         return result
 

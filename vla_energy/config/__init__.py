@@ -11,7 +11,16 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from vla_energy.config import checks
-from vla_energy.config.model import RANGES, CandidatesConfig, HeadConfig, RangeConfig, RerankConfig
+from vla_energy.config.model import (
+    RANGES,
+    CandidatesConfig,
+    HeadConfig,
+    RangeConfig,
+    RefineConfig,
+    ReplanConfig,
+    RerankConfig,
+    RetrievalConfig,
+)
 from vla_energy.config.negatives import (
     SOURCES,
     AmplitudeConfig,
@@ -47,7 +56,10 @@ __all__ = [
     "NegativesConfig",
     "PolicyNoiseConfig",
     "RangeConfig",
+    "RefineConfig",
+    "ReplanConfig",
     "RerankConfig",
+    "RetrievalConfig",
     "ShiftConfig",
     "ShuffleConfig",
     "TemperatureConfig",
@@ -72,6 +84,9 @@ class EnergyConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    replan: ReplanConfig = field(default_factory=ReplanConfig)
     rerank: RerankConfig = field(default_factory=RerankConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 

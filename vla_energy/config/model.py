@@ -116,14 +116,84 @@ class CandidatesConfig:
 
 
 @dataclass
-class RerankConfig:
-    """The gate of the reranker.
+class RetrievalConfig:
+    """Chunks that the training set's nearest contexts lend, as candidates.
 
     Attributes:
-        margin: a candidate replaces the policy's chunk only if its energy is lower by more than this.
+        count: K, how many; 0 is none.
+        weight: energy per unit of key distance; 1 is the distance at which remembered frames of different episodes
+            typically lie.
+        reach: key distance at which a retrieved chunk is believed as much as the policy's own.
+    """
+
+    count: int = 8
+    weight: float = 2.0
+    reach: float = 4.0
+
+    def __post_init__(self) -> None:
+        checks.count("retrieval.count", self.count)
+        checks.not_negative("retrieval.weight", self.weight)
+        checks.not_negative("retrieval.reach", self.reach)
+
+
+@dataclass
+class RefineConfig:
+    """Descent on the energy from the policy's chunk.
+
+    Attributes:
+        radius: of the trust region, in normalised action units times the dimension's scale.
+        num_steps: of the descent.
+        step_size: of its first step, in radii.
+    """
+
+    radius: float = 0.05
+    num_steps: int = 10
+    step_size: float = 0.25
+
+    def __post_init__(self) -> None:
+        checks.positive("refine.radius", self.radius)
+        checks.count("refine.num_steps", self.num_steps)
+        checks.positive("refine.step_size", self.step_size)
+
+
+@dataclass
+class ReplanConfig:
+    """How long a chunk is executed when its energy decides.
+
+    Attributes:
+        margin: the rest of a chunk is kept while its energy is at most so much above the policy's new chunk's.
+        shortest, longest: steps between two decisions; a kept chunk doubles them. `longest` should leave some of the
+            chunk to compare.
     """
 
     margin: float = 0.5
+    shortest: int = 2
+    longest: int = 6
+
+    def __post_init__(self) -> None:
+        checks.not_negative("replan.margin", self.margin)
+        checks.count("replan.shortest", self.shortest, 1)
+        checks.count("replan.longest", self.longest, self.shortest)
+
+
+@dataclass
+class RerankConfig:
+    """The gate of the reranker, and how it is calibrated.
+
+    Attributes:
+        margin: a candidate replaces the policy's chunk only if its energy is lower by more than this; used where
+            nothing was calibrated.
+        risk: at most this share of the chunks that a calibrated gate accepts is worse than the policy's by more than
+            the tolerance.
+        tolerance: in units of the policy's own mean held-out error; 0 counts every difference.
+    """
+
+    margin: float = 0.5
+    risk: float = 0.1
+    tolerance: float = 1.0
 
     def __post_init__(self) -> None:
         checks.not_negative("rerank.margin", self.margin)
+        checks.share("rerank.risk", self.risk)
+        checks.positive("rerank.risk", self.risk)
+        checks.not_negative("rerank.tolerance", self.tolerance)

@@ -7,13 +7,21 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 
 from vla_energy.actions import RawActions
+from vla_energy.rollout.world import Observation
 
-ARMS = ("policy", "rerank")
-"""Arms there are. `policy` executes the policy's own chunk, `rerank` the one chosen by the energy head."""
+ARMS = {
+    "policy": "the policy's own chunk",
+    "retrieve": "the chunk of the training set's nearest context, no gate",
+    "rerank": "lowest energy among the policy's chunk, inner layers' and noise, gated",
+    "rerank+retrieve": "the same with retrieved chunks among the candidates, gated",
+    "refine": "descent on the energy from the policy's chunk, gated",
+    "replan": "the policy's chunk, executed for as long as the energy of its rest stays low",
+}
+"""Arms there are. `ARM@n` asks for a new chunk every n steps instead of every `replan_every`."""
+_NEEDS = "rerank, refine and replan need an energy head beside it, retrieve a memory (vla-energy memory)"
 
 
 @dataclass(frozen=True)
@@ -24,11 +32,32 @@ class Decision:
         actions: chunk `(H, A)` in the robot's units.
         accepted: whether it is another chunk than the policy's own.
         telemetry: numbers worth keeping (energies, margins); averaged over the episode in its record.
+        execute: how many actions to execute before the next decision; None leaves it to the settings.
+        memo: what the policy wants to see again at the episode's next decision.
     """
 
     actions: RawActions
     accepted: bool = False
     telemetry: Mapping[str, float] = field(default_factory=dict)
+    execute: int | None = None
+    memo: Any = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a policy is asked.
+
+    Attributes:
+        observation: what the robot sees.
+        generator: on the CPU; the only source of randomness for this row.
+        previous: the episode's last decision, None at its start.
+        executed: actions of `previous` that were executed.
+    """
+
+    observation: Observation
+    generator: torch.Generator
+    previous: Decision | None = None
+    executed: int = 0
 
 
 class Policy(Protocol):
@@ -54,35 +83,32 @@ class Policy(Protocol):
         """What to write about the checkpoint into the results; JSON."""
         ...
 
-    def act(
-        self,
-        images: list[np.ndarray],
-        proprios: list[np.ndarray],
-        instructions: list[str],
-        arm: str,
-        generators: list[torch.Generator],
-    ) -> Sequence[Decision]:
-        """Decides for a batch of independent episodes.
+    def act(self, requests: Sequence[Request], arm: str) -> Sequence[Decision]:
+        """Decides for a batch of independent episodes: one decision a request, in order.
 
         Args:
-            images: a row each, `(num_images, h, w, 3)` uint8.
-            proprios: a row each, `(P,)` float32 in the robot's units.
-            instructions: a row each.
-            arm: how to choose, one of `arms`.
-            generators: a row each (CPU), the only source of randomness for that row.
-
-        Returns:
-            One decision a row, in order.
+            requests: a row each.
+            arm: how to choose, one of `arms`, without `@n`.
         """
         ...
 
 
-def check_arms(arms: list[str], available: AbstractSet[str]) -> None:
+def split_arm(arm: str) -> tuple[str, int | None]:
+    """`policy@4` is `("policy", 4)`, `policy` is `("policy", None)`. Raises ValueError where n is not 1 or more."""
+    name, mark, every = arm.partition("@")
+    if not mark:
+        return arm, None
+    if not every.isdecimal() or int(every) < 1:
+        raise ValueError(f"arm {arm!r}: expected ARM or ARM@n, n steps between decisions, 1 or more")
+    return name, int(every)
+
+
+def check_arms(arms: Sequence[str], available: AbstractSet[str]) -> None:
     """Raises ValueError naming unknown arms and those this checkpoint cannot run."""
-    if unknown := [arm for arm in arms if arm not in available and arm not in ARMS]:
+    names = [split_arm(arm)[0] for arm in arms]
+    if unknown := [name for name in names if name not in available and name not in ARMS]:
         raise ValueError(f"unknown arm(s): {', '.join(unknown)}; known: {', '.join(sorted({*ARMS, *available}))}")
-    if missing := [arm for arm in arms if arm not in available]:
+    if missing := [name for name in names if name not in available]:
         raise ValueError(
-            f"this checkpoint cannot run arm(s) {', '.join(missing)}, only {', '.join(sorted(available))}: "
-            "reranking needs an energy head in the checkpoint's folder"
+            f"this checkpoint cannot run arm(s) {', '.join(missing)}, only {', '.join(sorted(available))}: {_NEEDS}"
         )

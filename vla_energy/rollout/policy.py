@@ -1,7 +1,9 @@
-"""A checkpoint folder as a policy for rollouts: the native backbone, and its energy head if it has one."""
+"""A checkpoint folder as a policy for rollouts: the native backbone, with its energy head and memory if it has them."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,20 @@ import torch
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, select_statistics
-from vla_energy.backbones import VLAOutput, load_openvla
+from vla_energy.backbones import load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
-from vla_energy.candidates import noise_scale, propose
+from vla_energy.config import EnergyConfig
 from vla_energy.data.augment import center_crop
-from vla_energy.rerank import Reranker
-from vla_energy.rollout.interface import Decision
-
-_HEAD = "energy_head--*_checkpoint.safetensors"
+from vla_energy.gates import load_advisor
+from vla_energy.modes import Frame, replan
+from vla_energy.rollout.interface import Decision, Request, check_arms
 
 
 class CheckpointPolicy:
     """Acts from raw observations; see `rollout.interface.Policy`.
 
     Args:
-        folder: an OpenVLA-OFT checkpoint folder, with or without an energy head.
+        folder: an OpenVLA-OFT checkpoint folder, with or without energy head and chunk memory.
         device: where to run.
         dataset: whose statistics to use, where the folder has several.
 
@@ -41,13 +42,10 @@ class CheckpointPolicy:
         self._crop = config.center_crop
         self._num_images = config.num_images
         self._statistics: DatasetStatistics = select_statistics(self._vla.statistics, dataset)
-        self._reranker = Reranker.from_checkpoint(folder) if any(folder.glob(_HEAD)) else None
-        if self._reranker is not None:
-            self._reranker.ensure_compatible(self._statistics, self.horizon, self.action_dim, self._vla.context_dim)
-            self._reranker.head.to(self._device)  # type: ignore[attr-defined]
-            self._scale = noise_scale(self._statistics)
-        self._gripper = [dim for dim, used in enumerate(self._statistics.action.mask) if not used]
         self._folder = folder
+        self._advisor = load_advisor(
+            folder, self._statistics, self.horizon, self.action_dim, self._vla.context_dim, self._device
+        )
 
     @property
     def horizon(self) -> int:
@@ -61,57 +59,66 @@ class CheckpointPolicy:
 
     @property
     def arms(self) -> frozenset[str]:
-        """`policy`, and `rerank` with an energy head."""
-        return frozenset({"policy"} if self._reranker is None else {"policy", "rerank"})
+        """`policy`, and what head and memory allow; see `interface.ARMS`."""
+        replanning = () if self._advisor.reranker is None else ("replan",)
+        return frozenset({"policy", *self._advisor.modes, *replanning})
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The folder's name and the gate's margin."""
-        margin = None if self._reranker is None else self._reranker.margin
-        return {"checkpoint": self._folder.name, "margin": margin, "center_crop": self._crop}
+        """The folder's name, the gates' margins, and the size of the memory."""
+        memory = self._advisor.memory
+        return {
+            "checkpoint": self._folder.name,
+            "gates": {mode: self._advisor.gates[mode] for mode in self._advisor.modes},
+            "memory": None if memory is None else {"frames": len(memory), "bytes": memory.nbytes},
+            "center_crop": self._crop,
+        }
 
     @torch.no_grad()
-    def act(
-        self,
-        images: list[np.ndarray],
-        proprios: list[np.ndarray],
-        instructions: list[str],
-        arm: str,
-        generators: list[torch.Generator],
-    ) -> list[Decision]:
-        """One forward pass for all rows; the `rerank` arm then chooses among each row's candidates."""
-        output = self._vla.predict(self._batch(images, proprios, instructions), "raw" if arm == "rerank" else "off")
-        if arm == "policy" or self._reranker is None:
+    def act(self, requests: Sequence[Request], arm: str) -> list[Decision]:
+        """One forward pass for all rows; the arm then decides on each row's chunk.
+
+        Raises:
+            ValueError: an arm that this checkpoint cannot run, or too few cameras.
+        """
+        check_arms([arm], self.arms)
+        reads_layers = arm.startswith("rerank") and self._head_config().candidates.layer_exits
+        output = self._vla.predict(self._batch(requests), "raw" if reads_layers else "off")
+        if arm == "policy":
             return [Decision(self._statistics.unnormalize(chunk)) for chunk in output.actions]
-        result = self._reranker(output.context, output.context_mask, self._candidates(output, generators))
+        frame = Frame(output.context, output.context_mask, output.actions, output.layer_actions)
+        if arm == "replan":
+            return self._replan(frame, requests)
+        proposal, accepted = self._advisor.decide(arm, frame, [request.generator for request in requests])
+        chunks = torch.where(accepted[:, None, None], proposal.actions, output.actions)
+        numbers = {"energy_gain": proposal.gain, "key_distance": proposal.nearest}
+        return [
+            Decision(self._statistics.unnormalize(chunk), bool(taken), _finite(numbers, row))
+            for row, (chunk, taken) in enumerate(zip(chunks, accepted, strict=True))
+        ]
+
+    def _replan(self, frame: Frame, requests: Sequence[Request]) -> list[Decision]:
+        assert self._advisor.reranker is not None
+        plans = [None if request.previous is None else request.previous.memo for request in requests]
+        new, rise = replan(self._advisor.reranker, frame, plans, [request.executed for request in requests])
         return [
             Decision(
-                self._statistics.unnormalize(chunk),
-                bool(accepted),
-                {"energy_gain": float(energies[0] - energies.min())},
+                self._statistics.unnormalize(plan.chunk),
+                not torch.equal(plan.chunk, fresh),
+                {"energy_rise": above, "interval": float(plan.interval)},
+                plan.interval,
+                plan,
             )
-            for chunk, accepted, energies in zip(result.actions, result.accepted, result.energies, strict=True)
+            for plan, fresh, above in zip(new, frame.policy, rise.tolist(), strict=True)
         ]
 
-    def _candidates(self, output: VLAOutput, generators: list[torch.Generator]) -> Tensor:
-        """`(B,N,H,A)`; each row draws from its own generator, so that results do not depend on the batching."""
-        assert self._reranker is not None and output.layer_actions is not None
-        rows = [
-            propose(
-                output.actions[row : row + 1],
-                output.layer_actions[row : row + 1],
-                self._reranker.config.candidates,
-                generator,
-                gripper_dims=self._gripper,
-                scale=self._scale,
-            ).actions
-            for row, generator in enumerate(generators)
-        ]
-        return torch.cat(rows)
+    def _head_config(self) -> EnergyConfig:
+        return EnergyConfig() if self._advisor.reranker is None else self._advisor.reranker.config
 
-    def _batch(
-        self, images: list[np.ndarray], proprios: list[np.ndarray], instructions: list[str]
-    ) -> dict[str, Tensor]:
+    def _batch(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        images = [request.observation.images for request in requests]
+        proprios = [request.observation.proprio for request in requests]
+        instructions = [request.observation.instruction for request in requests]
         if images[0].shape[0] < self._num_images:
             raise ValueError(
                 f"{self._folder} looks through {self._num_images} cameras, the simulator has {images[0].shape[0]}"
@@ -126,6 +133,11 @@ class CheckpointPolicy:
             proprio = statistics.normalize(torch.tensor(np.stack(proprios)))
         batch = self._vla.processor.batch(frames, instructions, proprio=proprio)
         return {key: value.to(self._device) for key, value in batch.items()}
+
+
+def _finite(numbers: dict[str, Tensor], row: int) -> dict[str, float]:
+    values = {name: float(column[row]) for name, column in numbers.items()}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def load_policy(checkpoint: str, device: str = "cpu") -> CheckpointPolicy:

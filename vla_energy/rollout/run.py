@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from vla_energy.actions import RawActions
-from vla_energy.rollout.interface import Decision, Policy, check_arms
+from vla_energy.rollout.interface import Decision, Policy, Request, check_arms, split_arm
 from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
 from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
 from vla_energy.rollout.world import Observation
@@ -57,6 +57,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not 0 <= self.seed < EVALUATION_SEED_OFFSET:
             raise ValueError(f"seed must be in 0..{EVALUATION_SEED_OFFSET - 1}, got {self.seed}")
+        for arm in self.arms:
+            split_arm(arm)
         for name, values in (("tasks", self.tasks), ("arms", self.arms)):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} must be given, each once, got {values}")
@@ -79,11 +81,16 @@ class Settings:
         steps = {task: limits[task] if self.max_steps is None else self.max_steps for task in tasks}
         return replace(self, tasks=tasks, max_steps=max(steps.values()), step_limits=steps)
 
+    def interval(self, arm: str) -> int:
+        """Actions of a chunk that are executed before the next decision of an arm."""
+        return split_arm(arm)[1] or self.replan_every
+
     def validate_policy(self, policy: Policy) -> None:
         """Checks the settings against the checkpoint and the simulator. Raises ValueError with the fix."""
         check_arms(self.arms, policy.arms)
-        if self.replan_every > policy.horizon:
-            raise ValueError(f"replan_every {self.replan_every} exceeds the checkpoint's horizon {policy.horizon}")
+        longest = max(self.interval(arm) for arm in self.arms)
+        if longest > policy.horizon:
+            raise ValueError(f"replan_every {longest} exceeds the checkpoint's horizon {policy.horizon}")
         action_dim = backend_info(self.backend).action_dim
         if policy.action_dim != action_dim:
             raise ValueError(
@@ -111,9 +118,9 @@ def run_rollouts(
         policy: the checkpoint.
         tasks: task names of the backend, or names of its suites, which stand for all their tasks.
         episodes: episodes a task and arm.
-        arms: arms to compare; the first is the baseline of the differences.
+        arms: arms to compare, `ARM` or `ARM@n`; the first is the baseline of the differences.
         seed: episode i starts from `seed + EVALUATION_SEED_OFFSET + i`.
-        replan_every: actions of a chunk that are executed before the next decision.
+        replan_every: actions of a chunk that are executed before the next decision, where the arm does not say.
         max_steps: physics steps after which an episode has failed; None takes the backend's limit of each task.
         workers: simulator processes, which is also the largest batch the policy sees.
         backend: simulator, see `simulator.BACKENDS`.
@@ -163,6 +170,7 @@ class _Episode:
     decisions: list[Decision] = field(default_factory=list)
     milliseconds: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
+    executed: int = 0
 
     def record(self) -> dict[str, Any]:
         keys = sorted({key for decision in self.decisions for key in decision.telemetry})
@@ -225,13 +233,15 @@ def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Setti
             _decide(policy, arm, batch)
     for episode in running:
         limit = settings.step_limits[episode.simulator.task]
-        count = min(settings.replan_every, limit - episode.steps)
+        decision = episode.decisions[-1]
+        count = min(decision.execute or settings.interval(episode.arm), limit - episode.steps)
         observe = episode.steps + count < limit
-        episode.simulator.request_execute(episode.decisions[-1].actions.values[:count], observe)
+        episode.simulator.request_execute(decision.actions.values[:count], observe)
     for episode in running:
         execution = episode.simulator.answer()
         episode.observation, episode.success = execution.observation, execution.done
         episode.steps += execution.steps
+        episode.executed = execution.steps
 
 
 def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:
@@ -240,16 +250,18 @@ def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:
     Raises:
         ValueError: the policy's answer has the wrong length, type or shape, or is not finite.
     """
-    observations = [episode.observation for episode in batch if episode.observation is not None]
-    generators = [_generator(episode.simulator.task, episode.seed, episode.steps) for episode in batch]
+    requests = [
+        Request(
+            episode.observation,
+            _generator(episode.simulator.task, episode.seed, episode.steps),
+            episode.decisions[-1] if episode.decisions else None,
+            episode.executed,
+        )
+        for episode in batch
+        if episode.observation is not None
+    ]
     start = time.perf_counter()
-    decisions = policy.act(
-        [observation.images for observation in observations],
-        [observation.proprio for observation in observations],
-        [observation.instruction for observation in observations],
-        arm,
-        generators,
-    )
+    decisions = policy.act(requests, split_arm(arm)[0])
     milliseconds = 1e3 * (time.perf_counter() - start)
     if len(decisions) != len(batch):
         raise ValueError(f"arm {arm}: the policy gave {len(decisions)} decisions for {len(batch)} observations")
@@ -260,6 +272,8 @@ def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:
             raise ValueError(f"{where}: the policy must answer with RawActions of shape {shape}")
         if not np.isfinite(decision.actions.values).all():
             raise ValueError(f"{where}: the policy's actions are not finite")
+        if decision.execute is not None and not 1 <= decision.execute <= policy.horizon:
+            raise ValueError(f"{where}: asks to execute {decision.execute} of {policy.horizon} actions")
         episode.decisions.append(decision)
         episode.milliseconds.append(milliseconds / len(batch))
         episode.rows.append(len(batch))

@@ -1,0 +1,127 @@
+"""What a finished policy makes of a dataset's frames, batch by batch; nothing is trained.
+
+Memories are built from it, preflight measures on it, heads are trained on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vla_energy.actions import DatasetStatistics
+from vla_energy.backbones import LoadedVLA
+from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.config import EnergyConfig
+from vla_energy.data import DatasetError
+from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.setup import open_split, prepare, vla_folder
+
+
+@dataclass(frozen=True)
+class PolicyFrames:
+    """B frames.
+
+    Attributes:
+        context, context_mask: `(B,S,D)` and `(B,S)`, True = valid; S may differ between batches.
+        expert: `(B,H,A)` the demonstration's chunks, in the policy's statistics.
+        layer_actions: `(B,L,H,A)`, the policy's chunk last.
+        episodes: `(B,)` int64.
+        instructions: B.
+    """
+
+    context: Tensor
+    context_mask: Tensor
+    expert: Tensor
+    layer_actions: Tensor
+    episodes: Tensor
+    instructions: list[str]
+
+    @property
+    def policy(self) -> Tensor:
+        """`(B,H,A)` the policy's chunks."""
+        return self.layer_actions[:, -1]
+
+
+class FrameReader:
+    """A checkpoint's policy and a dataset it is run on.
+
+    Args:
+        checkpoint: folder, or "embedded" for the tiny one that ships with us.
+        data_root, dataset: as `data_root_dir` and `dataset_name` of the fine-tuning.
+        statistics_of: which of the checkpoint's statistics normalise the actions; by default the only ones, or those
+            under the dataset's name. Never the dataset's own: a checkpoint's actions mean what it was trained on.
+        device: of the policy.
+        seed: of the order of frames.
+
+    Attributes:
+        vla: the policy, in eval mode.
+        statistics: in which actions are normalised.
+
+    Raises:
+        DatasetError, CheckpointFolderError, FlagError: what is wrong with either, or that they do not fit.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        data_root: str,
+        dataset: str,
+        *,
+        statistics_of: str | None = None,
+        device: str = "cpu",
+        seed: int = 0,
+    ) -> None:
+        config = FinetuneConfig(
+            vla_path=checkpoint, data_root_dir=data_root, dataset_name=dataset, precision="fp32", seed=seed,
+            device=device, image_aug=False, energy=EnergyConfig(freeze_backbone=True),
+        )  # fmt: skip
+        folder = vla_folder(config)
+        if not folder.is_dir():
+            raise DatasetError(f"{folder} is not a folder: --checkpoint takes a checkpoint's")
+        stored = OpenVLAConfig.from_folder(folder)
+        config.num_images_in_input = stored.num_images
+        config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
+        self._job, self._config, self._crop = prepare(config), config, stored.center_crop
+        self.vla: LoadedVLA = self._job.vla.eval()
+        self.statistics = _select(self.vla.statistics, statistics_of or dataset)
+
+    def read(self, split: str, max_frames: int | None = None, batch_size: int = 32) -> Iterator[PolicyFrames]:
+        """The frames of a split in random order, each once, at most `max_frames` of them.
+
+        Raises:
+            DatasetError: no such split.
+        """
+        data = open_split(self._config, self.vla, split, self.statistics)
+        left = data.num_frames if max_frames is None else max_frames
+        for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):
+            if left <= 0:
+                return
+            yield self._run(raw, left)
+            left -= len(raw["actions"])
+
+    @torch.no_grad()
+    def _run(self, raw: dict[str, Any], rows: int) -> PolicyFrames:
+        batch = self._job.to_batch(raw, crop=self._crop)
+        output = self.vla(batch)
+        assert output.layer_actions is not None
+        length = int(output.context_mask.any(0).nonzero().max()) + 1
+        return PolicyFrames(
+            output.context[:rows, :length].float(),
+            output.context_mask[:rows, :length],
+            batch["actions"][:rows].float(),
+            output.layer_actions[:rows].float(),
+            torch.as_tensor(raw["episode"], dtype=torch.int64)[:rows],
+            list(raw["instructions"])[:rows],
+        )
+
+
+def _select(entries: dict[str, DatasetStatistics], name: str) -> DatasetStatistics:
+    if len(entries) == 1:
+        return next(iter(entries.values()))
+    if name not in entries:
+        raise DatasetError(f"the checkpoint has no statistics of {name!r}; --statistics takes one of {sorted(entries)}")
+    return entries[name]
