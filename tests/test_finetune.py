@@ -223,7 +223,7 @@ def test_the_heads_rate_has_its_factor_and_exits_can_be_normed(tiny_folder: Path
     assert trainer.guard is not None
     assert trainer.guard.optimizer.param_groups[0]["lr"] == pytest.approx(5e-5)
     batch = trainer.job.to_batch(next(trainer.job.train.batches(2)))
-    seen = trainer._backward_energy(trainer._forward_policy(batch, {}), batch, {})
+    seen = trainer._backward_energy(trainer._forward_policy(batch, {}), batch, [0, 1], {})
     assert seen is not None
     with torch.no_grad():
         normed, raw = (trainer.job.vla(batch, exits).layer_actions[:, 1] for exits in ("normed", "raw"))

@@ -113,7 +113,10 @@ def test_nothing_runs_if_the_results_cannot_be_written(tmp_path):
     [
         ({"episodes": 0}, "episodes must be at least 1"),
         ({"replan_every": 7}, "exceeds the checkpoint's horizon 6"),
-        ({"arms": ["policy", "magic"]}, "unknown arm.*magic; known: policy, refine, replan, rerank, rerank.retrieve, retrieve, twin"),
+        (
+            {"arms": ["policy", "magic"]},
+            "unknown arm.*magic; known: policy, refine, replan, rerank, .*, twin",
+        ),
         ({"arms": ["policy", "policy"]}, "each once"),
         ({"tasks": ["nowhere"]}, "unknown .* nowhere; known: dies, far"),
         ({"seed": EVALUATION_SEED_OFFSET}, "seed must be in"),
@@ -128,7 +131,7 @@ def test_bad_settings(changes, message):
 def test_an_arm_the_checkpoint_lacks_and_a_wrong_action_dimension():
     policy = FakePolicy()
     policy.arms = frozenset({"policy"})
-    with pytest.raises(ValueError, match="needs an energy head"):
+    with pytest.raises(ValueError, match="need an energy head"):
         rollouts(policy)
     policy = FakePolicy()
     policy.action_dim = 7

@@ -15,6 +15,10 @@ from typing import NoReturn
 
 COMMANDS = {
     "memory": ("vla_energy.finetune.remember", "remember the training set beside a checkpoint, for retrieval"),
+    "preflight": (
+        "vla_energy.preflight.command",
+        "will reranking or retrieval help? a verdict from held-out data",
+    ),
     "rollout": ("vla_energy.rollout.command", "closed-loop episodes of a checkpoint, arms paired by seed"),
 }
 """Subcommand -> its module, and one line of help."""

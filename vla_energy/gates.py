@@ -13,10 +13,10 @@ import torch
 
 from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import CheckpointError, atomic_write
-from vla_energy.memory import PREFIX, ChunkMemory
+from vla_energy.memory import PREFIX, ChunkMemory, check_memory
 from vla_energy.modes import BOTH, Advisor
 from vla_energy.noise import noise_scale
-from vla_energy.rerank import CompatibilityError, Reranker
+from vla_energy.rerank import Reranker
 
 logger = logging.getLogger(__name__)
 
@@ -53,27 +53,14 @@ def load_advisor(
             reranker.head.to(device)  # type: ignore[attr-defined]
     memory = ChunkMemory.load(folder) if any(folder.glob(f"{PREFIX}*")) else None
     if memory is not None:
-        check_memory(memory, reranker, horizon, action_dim, context_dim)
+        check_memory(memory, horizon, action_dim, context_dim)
+        if reranker is not None:
+            reranker.ensure_compatible(memory.statistics, horizon, action_dim, context_dim)
     gates = load_gates(folder)
     if reranker is not None and memory is not None and BOTH not in gates:
         logger.warning("no gate of %s is calibrated in %s, so it stays shut: run vla-energy preflight", BOTH, folder)
     gripper = [dim for dim, used in enumerate(statistics.action.mask) if not used]
     return Advisor(reranker, memory, gates, gripper_dims=gripper, scale=noise_scale(statistics))
-
-
-def check_memory(memory: ChunkMemory, reranker: Reranker | None, horizon: int, action_dim: int, width: int) -> None:
-    """Checks that a memory was built for this policy.
-
-    Raises:
-        CompatibilityError: H, A or D differ, or its chunks are normalised by other statistics than the head's.
-    """
-    asked = {"horizon": horizon, "action_dim": action_dim, "context_dim": width}
-    built = (*memory.chunks.shape[1:], len(memory.encoder.projection))
-    for (name, value), own in zip(asked.items(), built, strict=True):
-        if value != own:
-            raise CompatibilityError(f"{name} is {value} here, the memory was built with {own}: build it again")
-    if reranker is not None:
-        reranker.ensure_compatible(memory.statistics, horizon, action_dim, width)
 
 
 def save_gates(folder: str | Path, gates: Mapping[str, Any]) -> Path:

@@ -280,6 +280,15 @@ class ChunkMemory:
         return cls(encoder, keys.float(), chunks, episodes, statistics)
 
 
+def check_memory(memory: ChunkMemory, horizon: int, action_dim: int, context_dim: int) -> None:
+    """Raises ValueError where H, A or D is not the memory's."""
+    asked = {"horizon": horizon, "action_dim": action_dim, "context_dim": context_dim}
+    built = (*memory.chunks.shape[1:], len(memory.encoder.projection))
+    for (name, value), own in zip(asked.items(), built, strict=True):
+        if value != own:
+            raise ValueError(f"{name} is {value} here, the memory was built with {own}: build it again")
+
+
 def _pca(rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mean `(F,)` and the directions of largest variance `(F,K)`, K at most `KEY_WIDTH`."""
     some = rows[torch.randperm(len(rows), generator=generator)[:_PCA_ROWS]]

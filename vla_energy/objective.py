@@ -42,6 +42,7 @@ class EnergyObjective:
         layer_actions: Tensor,
         generator: torch.Generator,
         step: int = 0,
+        retrieved: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, with gradients to the head alone, and metrics as 0-d tensors without gradient.
 
@@ -52,6 +53,7 @@ class EnergyObjective:
             layer_actions: `(B,L,H,A)` normalised, the policy's chunk last; detached here.
             generator: draws the negatives, and the rows that get no reference.
             step: optimiser step, for schedules.
+            retrieved: `(B,K,H,A)` chunks of remembered contexts, where `negatives.retrieved` is on.
 
         Raises:
             ValueError: the shapes do not fit together.
@@ -66,6 +68,7 @@ class EnergyObjective:
             generator,
             self.traits,
             energy_fn=lambda chunks: getattr(self.head, "module", self.head)(inputs, chunks),
+            retrieved=retrieved,
         )
         chunks = torch.cat([expert.detach().float()[:, None], negatives.chunks], 1)
         output: HeadOutput = self.head(inputs, chunks, training_output=True)

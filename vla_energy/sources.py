@@ -83,6 +83,7 @@ def build_negatives(
     generator: torch.Generator,
     traits: ActionTraits | None = None,
     energy_fn: EnergyFn | None = None,
+    retrieved: Tensor | None = None,
 ) -> NegativeSet:
     """Draws all sources that `config` switches on.
 
@@ -94,6 +95,7 @@ def build_negatives(
         layer_actions: `(B,L,H,A)`, the policy's chunk last.
         traits: needed by `per_dimension=True`, `amplitude` and `gripper_flip`.
         energy_fn: needed by `hard`, which calls it once, without gradient.
+        retrieved: `(B,K,H,A)` chunks of the nearest remembered contexts, K at least `retrieved.count`; needed by it.
 
     Raises:
         ValueError: the shapes do not fit together, or a source lacks what it needs; the message names the setting.
@@ -108,6 +110,8 @@ def build_negatives(
     expert, policy, layer_actions = (chunks.detach().float() for chunks in (expert, policy, layer_actions))
     batch = _Batch(config, expert, policy, layer_actions, generator, traits)
     drawn = _draw(batch)
+    if config.retrieved.count:
+        drawn["retrieved"] = _retrieved(batch, retrieved)
     filled = None
     if config.hard.count:
         drawn["hard"], filled = _mine(batch, energy_fn)
@@ -221,6 +225,16 @@ def _draw(batch: _Batch) -> dict[str, Tensor]:
     if config.gripper_flip.count and traits is not None:
         drawn["gripper_flip"] = negatives.gripper_flip(expert, traits.low, traits.high, traits.gripper_dims)
     return drawn
+
+
+def _retrieved(batch: _Batch, chunks: Tensor | None) -> Tensor:
+    count = batch.config.retrieved.count
+    if chunks is None:
+        raise ValueError("negatives.retrieved is on: it needs a chunk memory of the training set (vla-energy memory)")
+    if chunks.ndim != 4 or chunks[:, 0].shape != batch.expert.shape or chunks.shape[1] < count:
+        shape = tuple(batch.expert.shape)
+        raise ValueError(f"retrieved {tuple(chunks.shape)}: expected (B,K,H,A), K >= {count}, for expert {shape}")
+    return chunks[:, :count].detach().to(batch.expert)
 
 
 def _noisy(batch: _Batch, name: str, stds: Sequence[float], count: int) -> Tensor:

@@ -31,6 +31,7 @@ from vla_energy.config.negatives import (
     LayerExitsConfig,
     NegativesConfig,
     PolicyNoiseConfig,
+    RetrievedConfig,
     ShiftConfig,
     ShuffleConfig,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "ReplanConfig",
     "RerankConfig",
     "RetrievalConfig",
+    "RetrievedConfig",
     "ShiftConfig",
     "ShuffleConfig",
     "TemperatureConfig",

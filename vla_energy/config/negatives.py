@@ -167,8 +167,27 @@ class HardConfig:
         checks.require(self.count <= self.pool, "negatives.hard.count", self.count, f"at most hard.pool={self.pool}")
 
 
+@dataclass
+class RetrievedConfig:
+    """Expert chunks of the nearest contexts in other episodes, from the memory beside the policy's checkpoint.
+
+    Near misses, mostly: what the head has to choose among when it reranks retrieved chunks. Needs a policy that no
+    longer changes (`--energy.freeze_backbone True`).
+
+    Attributes:
+        count: so many of the nearest; 0 is off.
+    """
+
+    count: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _source("retrieved", self.count, self.weight)
+
+
 SOURCES = (
     "layer_exits", "expert_noise", "policy_noise", "shuffle", "shift", "amplitude", "gripper_flip", "in_batch", "hard",
+    "retrieved",
 )  # fmt: skip
 """Names of the sources, the fields of `NegativesConfig`."""
 
@@ -191,6 +210,7 @@ class NegativesConfig:
     amplitude: AmplitudeConfig = field(default_factory=AmplitudeConfig)
     gripper_flip: GripperFlipConfig = field(default_factory=GripperFlipConfig)
     hard: HardConfig = field(default_factory=HardConfig)
+    retrieved: RetrievedConfig = field(default_factory=RetrievedConfig)
     near_positive_threshold: float = 0.02
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ def save(trainer: Trainer) -> Path:
         if trainer.head is not None:
             extra = {} if trainer.gate is None else {MARGIN_KEY: trainer.gate["margin"]}
             save_head(partial, trainer.head, trainer.step, trainer.job.statistics, extra)
+        if trainer.memory is not None:
+            trainer.memory.save(partial, trainer.step)
         state = _state(trainer)
         atomic_write(partial / STATE, lambda file: torch.save(state, file))
     except OSError as error:

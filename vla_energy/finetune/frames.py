@@ -60,6 +60,7 @@ class FrameReader:
     Attributes:
         vla: the policy, in eval mode.
         statistics: in which actions are normalised.
+        device: of the policy.
 
     Raises:
         DatasetError, CheckpointFolderError, FlagError: what is wrong with either, or that they do not fit.
@@ -87,6 +88,7 @@ class FrameReader:
         config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
+        self.device = self._job.device
         self.statistics = _select(self.vla.statistics, statistics_of or dataset)
 
     def read(self, split: str, max_frames: int | None = None, batch_size: int = 32) -> Iterator[PolicyFrames]:

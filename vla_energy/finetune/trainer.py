@@ -19,8 +19,9 @@ from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.monitor import Monitor
-from vla_energy.finetune.setup import Batch, layer_exits, make_head, open_split, prepare
+from vla_energy.finetune.setup import Batch, layer_exits, make_head, open_split, prepare, vla_folder
 from vla_energy.guard import GuardedOptimizer
+from vla_energy.memory import PREFIX, ChunkMemory, check_memory
 from vla_energy.objective import EnergyObjective
 from vla_energy.sources import ActionTraits, check_sources
 
@@ -63,10 +64,29 @@ class Trainer:
                 config.energy_warm_steps,
             )
             self.monitor = Monitor(config.energy.monitor, self.objective, self.guard)
+        self.memory = self._load_memory()
         self.step = 0
         torch.manual_seed(config.seed)
         if config.resume:
             checkpoints.resume(self)
+
+    def _load_memory(self) -> ChunkMemory | None:
+        """The memory beside the policy's checkpoint, where that policy stays as it is; checkpoints take it along."""
+        config, folder = self.config, vla_folder(self.config)
+        wanted = config.energy.enabled and config.energy.negatives.retrieved.count > 0
+        if wanted and self.trains_policy:
+            raise FlagError(
+                "--energy.negatives.retrieved.count needs --energy.freeze_backbone True: a memory holds what the "
+                "finished policy makes of the training set; fine-tune first, then vla-energy memory, then the head"
+            )
+        there = any(folder.glob(f"{PREFIX}*"))
+        if wanted and not there:
+            raise FlagError(f"--energy.negatives.retrieved.count: {folder} has no memory: run vla-energy memory first")
+        if self.trains_policy or not there:
+            return None
+        memory = ChunkMemory.load(folder)
+        check_memory(memory, self.job.vla.horizon, self.job.vla.action_dim, self.job.vla.context_dim)
+        return memory
 
     def _check_sources(self) -> ActionTraits:
         """Says what the sources of negatives cannot do with this batch size, model and data."""
@@ -127,10 +147,11 @@ class Trainer:
         metrics: dict[str, Tensor | float] = {}
         seen = None
         for _ in range(self.config.grad_accumulation_steps):
-            batch = self.job.to_batch(next(batches))
+            raw = next(batches)
+            batch = self.job.to_batch(raw)
             output = self._forward_policy(batch, metrics)
             started = time.perf_counter()
-            seen = self._backward_energy(output, batch, metrics)
+            seen = self._backward_energy(output, batch, raw["episode"], metrics)
             metrics["energy/ms"] = 1e3 * (time.perf_counter() - started)  # of the host's time: a GPU works on behind it
         if self.optimizer is not None:
             self._step_policy()
@@ -158,7 +179,7 @@ class Trainer:
         return output
 
     def _backward_energy(
-        self, output: VLAOutput, batch: Batch, metrics: dict[str, Tensor | float]
+        self, output: VLAOutput, batch: Batch, episodes: Any, metrics: dict[str, Tensor | float]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Forward and backward of the objective; adds its metrics and returns what it saw."""
         if self.objective is None:
@@ -166,10 +187,18 @@ class Trainer:
         assert output.layer_actions is not None
         layers = output.layer_actions.detach().float()
         seen = (output.context.detach(), output.context_mask, batch["actions"], layers)
-        loss, energy = self.objective(*seen, self.generator, self.step)
+        loss, energy = self.objective(*seen, self.generator, self.step, self._retrieve(output, episodes))
         (loss / self.config.grad_accumulation_steps).backward()
         metrics.update(energy)
         return seen
+
+    def _retrieve(self, output: VLAOutput, episodes: Any) -> Tensor | None:
+        """`(B,K,H,A)` chunks of the nearest frames of other episodes, where the objective wants them."""
+        count = self.config.energy.negatives.retrieved.count
+        if self.memory is None or not count:
+            return None
+        exclude = torch.as_tensor(episodes)
+        return self.memory.nearest(output.context, output.context_mask, output.actions, count, exclude).chunks
 
     def _step_policy(self) -> None:
         config, optimizer = self.config, self.optimizer

@@ -59,13 +59,18 @@ def write_report(
         _cards(metrics),
         f"<h2>Curves</h2><div class='plots'>{''.join(plots)}</div>",
         _tables(metrics),
-        _details("Settings", {} if config is None else config),
-        _details("Versions", metrics.get("versions", {})),
+        details("Settings", {} if config is None else config),
+        details("Versions", metrics.get("versions", {})),
     ]
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-    page = f"<!doctype html><html lang='en'><head>{head}<title>{name}</title><style>{_STYLE}</style></head>"
-    Path(out).write_text(f"{page}<body>{''.join(body)}</body></html>\n", encoding="utf-8")
+    Path(out).write_text(page(name, body), encoding="utf-8")
     return Path(out)
+
+
+def page(title: str, body: Sequence[str]) -> str:
+    """A whole HTML page of escaped `title` and finished parts."""
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
+    start = f"<!doctype html><html lang='en'><head>{head}<title>{title}</title><style>{_STYLE}</style></head>"
+    return f"{start}<body>{''.join(body)}</body></html>\n"
 
 
 def _cards(metrics: Mapping[str, Any]) -> str:
@@ -87,18 +92,18 @@ def _tables(metrics: Mapping[str, Any]) -> str:
     energy, rerank, rollout = (metrics.get(key) or {} for key in ("energy", "rerank", "rollout"))
     rates = [(kind, f"{100 * rate:.1f}%") for kind, rate in energy.get("win_rate", {}).items()]
     parts = [
-        "<h2>The expert against each kind of negative, held out</h2>" + _table(("negative", "expert wins"), rates),
-        "<h2>Reranking, held out</h2>" + _table(("measure", "value"), rerank.items()),
+        "<h2>The expert against each kind of negative, held out</h2>" + table(("negative", "expert wins"), rates),
+        "<h2>Reranking, held out</h2>" + table(("measure", "value"), rerank.items()),
         "<h2>Closed loop</h2>",
     ]
     if rollout:
         parts.append("<p>Arms are paired by seed; the difference is to the first arm.</p>")
         columns = ("task", "arm", "episodes", "success", "95% interval", "difference", "95% interval", "ms a decision")
-        parts.append(_table(columns, _rollout_rows(rollout)))
+        parts.append(table(columns, _rollout_rows(rollout)))
     else:
         parts.append(f"<p>No rollout: {html.escape(str(metrics.get('rollout_reason') or 'not run'))}</p>")
     if seconds := metrics.get("seconds"):
-        parts.append("<h2>Seconds</h2>" + _table(("phase", "seconds"), ((k, f"{v:.1f}") for k, v in seconds.items())))
+        parts.append("<h2>Seconds</h2>" + table(("phase", "seconds"), ((k, f"{v:.1f}") for k, v in seconds.items())))
     return "".join(parts)
 
 
@@ -122,7 +127,8 @@ def _rollout_rows(rollout: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
             yield (*row, *paired, f"{values['milliseconds_per_decision']['mean']:.1f}")
 
 
-def _table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table; its cells are escaped, numbers get four decimals."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     lines = ("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -134,7 +140,8 @@ def _cell(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else html.escape(str(value))
 
 
-def _details(title: str, values: Mapping[str, Any]) -> str:
+def details(title: str, values: Mapping[str, Any]) -> str:
+    """A folded block of settings."""
     plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}  # type: ignore[arg-type]
     text = html.escape(json.dumps(plain, indent=1, default=str))
     return f"<details><summary>{title}</summary><pre>{text}</pre></details>" if values else ""

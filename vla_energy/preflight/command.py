@@ -1,0 +1,77 @@
+"""Will reranking, retrieval or refinement help this checkpoint? Measured on held-out data, said in words."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the flags."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="DIR", help="checkpoint folder with head, memory or both"
+    )
+    parser.add_argument("--data-root-dir", required=True, metavar="DIR", help="folder with RLDS datasets")
+    parser.add_argument("--dataset-name", required=True, help="dataset whose held-out split is measured on")
+    parser.add_argument("--split", default="val", help="split (default val); the memory must not hold it")
+    parser.add_argument("--statistics", metavar="NAME", help="whose statistics, where the checkpoint has several")
+    parser.add_argument("--max-frames", type=int, default=5_000, metavar="N", help="frames to look at (default 5000)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="preflight.json and preflight.html go there")
+    parser.add_argument("--no-gates", action="store_true", help="do not write the calibrated gates into the checkpoint")
+    parser.add_argument("--device", default="cpu", help="device of policy and head (default cpu)")
+    parser.add_argument("--seed", type=int, default=0, help="of frames and candidates (default 0)")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of the verdict")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command."""
+    from pathlib import Path
+
+    from vla_energy.config import RerankConfig
+    from vla_energy.finetune.frames import FrameReader
+    from vla_energy.gates import load_advisor, save_gates
+    from vla_energy.preflight.measure import measure
+    from vla_energy.preflight.verdict import judge
+    from vla_energy.report.preflight import write_page
+    from vla_energy.rollout.summary import check_writable, to_json, write_json
+
+    if args.max_frames < 1:
+        raise ValueError(f"--max-frames {args.max_frames}: must be 1 or more")
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / "preflight.json")
+    reader = FrameReader(
+        args.checkpoint, args.data_root_dir, args.dataset_name,
+        statistics_of=args.statistics, device=args.device, seed=args.seed,
+    )  # fmt: skip
+    vla = reader.vla
+    advisor = load_advisor(
+        args.checkpoint, reader.statistics, vla.horizon, vla.action_dim, vla.context_dim, reader.device
+    )
+    if not advisor.modes:
+        raise ValueError(f"{args.checkpoint} has neither an energy head nor a memory: nothing could replace its chunks")
+    measured = measure(advisor, reader.read(args.split, args.max_frames), args.seed)
+    config = RerankConfig() if advisor.reranker is None else advisor.reranker.config.rerank
+    result = {"settings": _settings(args), **judge(measured, config)}
+    write_json(out / "preflight.json", result)
+    write_page(result, out / "preflight.html")
+    if not args.no_gates:
+        save_gates(args.checkpoint, result["gates"])
+    print(json.dumps(to_json(result), allow_nan=False) if args.json else _text(result, out))
+    return 0
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("checkpoint", "dataset_name", "split", "max_frames", "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def _text(result: dict[str, Any], out: Any) -> str:
+    first, *rest = result["verdict"]["reasons"]
+    lines = [first, *(f"- {reason}" for reason in rest), "", "by task:"]
+    width = max((len(task) for task in result["tasks"]), default=0)
+    for task, values in result["tasks"].items():
+        effects = ", ".join(f"{mode} {100 * part['change']:+.0f} %" for mode, part in values["effects"].items())
+        lines.append(f"{task:{width}}  {values['use']:15}  L1 {effects}")
+    return "\n".join([*lines, f"written to {out}/preflight.json and preflight.html"])
