@@ -46,6 +46,11 @@ def build(
     return build_negatives(config, expert, layer_actions[:, -1], layer_actions, generator(seed), **more)  # type: ignore[arg-type]
 
 
+def lent(expert: torch.Tensor, count: int = 3) -> torch.Tensor:
+    """As a memory would lend them."""
+    return torch.randn(len(expert), count, *expert.shape[1:], generator=generator(4))
+
+
 def size(chunks: torch.Tensor) -> torch.Tensor:
     """An energy that needs no context."""
     return chunks.square().mean((2, 3))
@@ -75,7 +80,7 @@ def test_the_first_sources_draw_what_they_always_drew_whatever_is_added(rows: in
     assert torch.equal(build(config, expert, layer_actions, seed).chunks, expected)
     config = only(*SOURCES)
     config.policy_noise.correlation = 0.0
-    more = build(config, expert, layer_actions, seed, traits=TRAITS, energy_fn=size)
+    more = build(config, expert, layer_actions, seed, traits=TRAITS, energy_fn=size, retrieved=lent(expert))
     assert torch.equal(more.chunks[:, : expected.shape[1]], expected)
 
 
@@ -99,10 +104,10 @@ def test_all_sources_fill_columns_of_their_own_in_order() -> None:
     config = only(*SOURCES)
     for i, name in enumerate(SOURCES, 1):
         getattr(config, name).weight = float(i)
-    built = build(config, expert, layer_actions, traits=TRAITS, energy_fn=size)
+    built = build(config, expert, layer_actions, traits=TRAITS, energy_fn=size, retrieved=lent(expert))
     tops = {name: columns for name, columns in built.sources.items() if not name.startswith("layer_exit_")}
     order = ["layer_exits", "expert_noise", "policy", "policy_noise", "in_batch", "shuffle", "shift", "amplitude"]
-    assert list(tops) == [*order, "gripper_flip", "hard"]
+    assert list(tops) == [*order, "gripper_flip", "hard", "retrieved"]
     stop = 0
     for name, columns in tops.items():
         assert columns.start == stop and columns.stop > stop
@@ -116,6 +121,7 @@ def test_all_sources_fill_columns_of_their_own_in_order() -> None:
     assert torch.equal(amplitude, negatives.amplitude(expert, (0.5, 1.5), (2,)))
     flipped = built.chunks[:, built.sources["gripper_flip"]]
     assert torch.equal(flipped[:, 0, :, 2], 1 - expert[..., 2])
+    assert torch.equal(built.chunks[:, built.sources["retrieved"]], lent(expert)[:, :2])
     shuffled = built.chunks[:, built.sources["shuffle"]]
     assert torch.equal(shuffled.sort(2).values, expert.sort(1).values[:, None].expand_as(shuffled))
 
@@ -375,6 +381,15 @@ def test_every_idle_source_is_told_and_sizes_are_checked() -> None:
         check_sources(NegativesConfig(), B, L, 0, A)
 
 
+def test_retrieved_needs_a_memory_and_enough_of_it() -> None:
+    expert, layer_actions = batch()
+    config = only("retrieved")
+    with pytest.raises(ValueError, match="vla-energy memory"):
+        build(config, expert, layer_actions)
+    with pytest.raises(ValueError, match="K >= 2"):
+        build(config, expert, layer_actions, retrieved=lent(expert, 1))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.sets(st.sampled_from(SOURCES), min_size=1, max_size=3)
@@ -385,7 +400,8 @@ def test_what_is_told_at_the_start_is_what_gives_no_column(rows: int, layers: in
         warnings = check_sources(config, rows, layers, horizon, A, TRAITS)
     except ValueError:
         warnings = None
-    built = build(config, *batch(rows, layers, horizon), traits=TRAITS, energy_fn=size)
+    expert, layer_actions = batch(rows, layers, horizon)
+    built = build(config, expert, layer_actions, traits=TRAITS, energy_fn=size, retrieved=lent(expert))
     if warnings is None:
         assert not built.chunks.shape[1] and set(built.empty) == on
     else:

@@ -110,11 +110,11 @@ def build_negatives(
     expert, policy, layer_actions = (chunks.detach().float() for chunks in (expert, policy, layer_actions))
     batch = _Batch(config, expert, policy, layer_actions, generator, traits)
     drawn = _draw(batch)
-    if config.retrieved.count:
-        drawn["retrieved"] = _retrieved(batch, retrieved)
     filled = None
     if config.hard.count:
         drawn["hard"], filled = _mine(batch, energy_fn)
+    if config.retrieved.count:
+        drawn["retrieved"] = _retrieved(batch, retrieved)
     return _stack(batch, drawn, filled)
 
 

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_energy.actions import DatasetStatistics
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.config import EnergyConfig
 from vla_energy.data import DatasetError
 from vla_energy.finetune.config import FinetuneConfig
-from vla_energy.finetune.setup import open_split, prepare, vla_folder
+from vla_energy.finetune.setup import open_split, policy_statistics, prepare, vla_folder
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class FrameReader:
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
         self.device = self._job.device
-        self.statistics = _select(self.vla.statistics, statistics_of or dataset)
+        self.statistics = policy_statistics(self.vla, statistics_of or dataset)
 
     def read(self, split: str, max_frames: int | None = None, batch_size: int = 32) -> Iterator[PolicyFrames]:
         """The frames of a split in random order, each once, at most `max_frames` of them.
@@ -119,11 +118,3 @@ class FrameReader:
             torch.as_tensor(raw["episode"], dtype=torch.int64)[:rows],
             list(raw["instructions"])[:rows],
         )
-
-
-def _select(entries: dict[str, DatasetStatistics], name: str) -> DatasetStatistics:
-    if len(entries) == 1:
-        return next(iter(entries.values()))
-    if name not in entries:
-        raise DatasetError(f"the checkpoint has no statistics of {name!r}; --statistics takes one of {sorted(entries)}")
-    return entries[name]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vla_energy.actions import DatasetStatistics
+from vla_energy.actions import DatasetStatistics, select_statistics
 from vla_energy.backbones import CheckpointFolderError, LoadedVLA, OpenVLAConfig, load_openvla
 from vla_energy.backbones.config import ComponentError
 from vla_energy.backbones.lora import add_lora
@@ -114,9 +114,21 @@ def prepare(config: FinetuneConfig) -> Job:
         _check_length(config, vla)
         if config.use_lora and not config.energy.freeze_backbone:
             add_lora(vla, config.lora_rank, config.lora_dropout)
-    train = open_split(config, vla, "train", probe.statistics)
+    # A policy that is trained learns the dataset's; a finished one means its actions in those it was trained with.
+    finished = config.energy.freeze_backbone and vla.statistics and not config.new_action_head
+    statistics = policy_statistics(vla, config.dataset_name) if finished else probe.statistics
+    train = open_split(config, vla, "train", statistics)
     vla.requires_grad_(False) if config.energy.freeze_backbone else None
-    return Job(vla.to(device), train, probe.statistics, device)
+    return Job(vla.to(device), train, statistics, device)
+
+
+def policy_statistics(vla: LoadedVLA, name: str) -> DatasetStatistics:
+    """Those that a finished policy's actions are normalised with: its only ones, or those of the dataset `name`.
+
+    Raises:
+        StatisticsError: there are several, none of this name.
+    """
+    return select_statistics(vla.statistics, None if len(vla.statistics) == 1 else name)
 
 
 def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_dim: int | None) -> LoadedVLA:
