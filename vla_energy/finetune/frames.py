@@ -115,6 +115,6 @@ class FrameReader:
             output.context_mask[:rows, :length],
             batch["actions"][:rows].float(),
             output.layer_actions[:rows].float(),
-            torch.as_tensor(raw["episode"], dtype=torch.int64)[:rows],
+            torch.tensor(raw["episode"], dtype=torch.int64)[:rows],
             list(raw["instructions"])[:rows],
         )

@@ -127,28 +127,31 @@ def measure(advisor: Advisor, batches: Iterable[PolicyFrames], seed: int = 0) ->
     """
     parts = {mode: _Parts() for mode in advisor.modes}
     errors: list[Tensor] = []
+    steps: list[Tensor] = []
     episodes: list[Tensor] = []
     tasks: list[str] = []
     forward, started = 0.0, time.perf_counter()
     for index, frames in enumerate(batches):
         forward += time.perf_counter() - started
-        step_errors = (frames.policy - frames.expert).abs().mean(2)
+        # The same sum as for a proposal, or the policy's own chunk, proposed, would differ from it by rounding.
+        policy_error = _l1(frames.policy, frames.expert)
         frame = Frame(frames.context, frames.context_mask, frames.policy, frames.layer_actions)
         for mode, part in parts.items():
-            generators = [torch.Generator().manual_seed(seed + 1000 * index + row) for row in range(len(step_errors))]
+            generators = [torch.Generator().manual_seed(seed + 1000 * index + row) for row in range(len(policy_error))]
             started = time.perf_counter()
             proposal = advisor.propose(mode, frame, generators)
             part.seconds += time.perf_counter() - started
-            part.add(frames, proposal, step_errors.mean(1))
-        errors.append(step_errors)
+            part.add(frames, proposal, policy_error)
+        errors.append(policy_error)
+        steps.append((frames.policy - frames.expert).abs().mean(2))
         episodes.append(frames.episodes)
         tasks += frames.instructions
         started = time.perf_counter()
     if not errors:
         raise ValueError("no held-out frame to measure on")
-    steps = torch.cat(errors)
+    error, by_step = torch.cat(errors), torch.cat(steps).mean(0)
     records = {mode: part.record() for mode, part in parts.items()}
-    return Measured(steps.mean(1), steps.mean(0), torch.cat(episodes), tasks, records, 1e3 * forward / len(steps))
+    return Measured(error, by_step, torch.cat(episodes), tasks, records, 1e3 * forward / len(error))
 
 
 def _l1(actions: Tensor, expert: Tensor) -> Tensor:

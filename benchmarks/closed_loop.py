@@ -1,0 +1,188 @@
+"""Does it help? Paired closed-loop episodes of every arm, and whether the preflight's verdict foretold them.
+
+    python benchmarks/closed_loop.py --quick
+    python benchmarks/closed_loop.py --checkpoint DIR --tasks a,b,c --preflight DIR/preflight.json --out FILE
+    python benchmarks/closed_loop.py --report FILE FILE ...
+
+The quick study makes all it needs: a memory and a head beside a copy of the shipped policy, from the bundled
+demonstrations. It shows that everything runs; with four episodes a task it says nothing about what helps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from vla_energy.backbones.tiny import EMBEDDED as TINY
+from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.rollout.run import run_rollouts
+from vla_energy.rollout.statistics import paired_difference
+from vla_energy.rollout.summary import write_json
+
+ARMS = ("policy", "policy@2", "policy@8", "retrieve", "rerank", "rerank+retrieve", "refine", "replan")
+SAME = 0.0
+"""A verdict "use" is wrong where the measured difference is below this, a verdict "off" where its interval is above."""
+
+
+def study(checkpoint: Path, tasks: list[str], episodes: int, arms: list[str], out: Path, **options: Any) -> dict:
+    """Runs the episodes and writes them."""
+    from vla_energy.rollout.policy import load_policy
+
+    return run_rollouts(load_policy(str(checkpoint)), tasks, episodes, arms, out=out, **options)
+
+
+def quick(out: Path) -> dict[str, Any]:
+    """Everything from the shipped policy and demonstrations, in about three minutes."""
+    folder = out / "policy"
+    if out.exists():
+        sys.exit(f"error: {out} is there already: delete it, or take another --out")
+    shutil.copytree(TINY, folder)
+    data = ["--data-root-dir", str(EMBEDDED_DATA), "--dataset-name", "metaworld_demo"]
+    _run("-m", "vla_energy.cli", "memory", "--checkpoint", str(folder), *data)
+    script = Path(__file__).parents[1] / "scripts" / "finetune_energy.py"
+    _run(
+        str(script), "--vla_path", str(folder), "--run_root_dir", str(out), "--run_id_override", "head",
+        "--energy.freeze_backbone", "True", "--energy.negatives.retrieved.count", "8", "--use_proprio", "True",
+        "--use_lora", "False", "--image_aug", "False", "--precision", "fp32", "--batch_size", "16",
+        "--max_steps", "60", "--save_freq", "60", "--save_latest_checkpoint_only", "True",
+        "--energy_learning_rate", "1e-3", "--energy_warm_steps", "20",
+    )  # fmt: skip
+    checkpoint = out / "head" / "latest"
+    _run("-m", "vla_energy.cli", "preflight", "--checkpoint", str(checkpoint), *data, "--out", str(out / "preflight"))
+    tasks = ["button-press-topdown-wall", "drawer-close"]
+    result = study(checkpoint, tasks, 4, list(ARMS), out / "rollout.json", max_steps=100)
+    result["preflight"] = json.loads((out / "preflight" / "preflight.json").read_text())
+    return result
+
+
+def _run(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], check=True)
+
+
+def arm_table(results: list[dict[str, Any]]) -> str:
+    """Markdown: each arm over all tasks of some studies, paired with the policy and with plain retrieval."""
+    episodes = [episode for result in results for episode in result["episodes"]]
+    arms = list(dict.fromkeys(episode["arm"] for episode in episodes))
+    lines = ["| arm | success | against policy | against retrieve | forwards an episode | ms a decision |"]
+    lines.append("|---|---|---|---|---|---|")
+    for arm in arms:
+        mine = [episode for episode in episodes if episode["arm"] == arm]
+        success = 100 * _mean(episode["success"] for episode in mine)
+        others = [_against(episodes, arm, other) for other in ("policy", "retrieve")]
+        forwards = _mean(episode["decisions"] for episode in mine)
+        spent = [ms for episode in mine for ms in episode["milliseconds"]]
+        lines.append(f"| {arm} | {success:.1f} % | {others[0]} | {others[1]} | {forwards:.1f} | {_mean(spent):.1f} |")
+    return "\n".join(lines)
+
+
+def task_table(result: dict[str, Any]) -> str:
+    """Markdown: success of each arm on each task, in percent; `*` where it differs from the policy, p < 0.05."""
+    arms = result["settings"]["arms"]
+    lines = ["| task | " + " | ".join(arms) + " |", "|" + "---|" * (len(arms) + 1)]
+    for task, summary in result["tasks"].items():
+        cells = []
+        for arm in arms:
+            found = summary["differences"].get(arm)
+            mark = "*" if found and found["p_value"] < 0.05 else ""
+            cells.append(f"{100 * summary['arms'][arm]['success']:.0f}{mark}")
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tuple[str, str, float, bool]]:
+    """Task, verdict, measured difference of the mode it names (else `rerank+retrieve`), and whether they agree.
+
+    "Use" agrees where the mode's success is not below the policy's; "off" where the mode's is not surely above.
+    """
+    rows = []
+    for task, summary in result["tasks"].items():
+        verdict = result["preflight"]["tasks"].get(instructions[task])
+        if verdict is None:
+            continue
+        mode = verdict["use"] if verdict["use"] != "off" else "rerank+retrieve"
+        found = summary["differences"].get(mode)
+        if found is None:
+            continue
+        used = verdict["use"] != "off"
+        right = found["difference"] >= SAME if used else found["interval"][0] <= 0
+        rows.append((task, verdict["use"], found["difference"], right))
+    return rows
+
+
+def _against(episodes: list[dict[str, Any]], arm: str, other: str) -> str:
+    found = {name: {(e["checkpoint"], e["task"], e["seed"]): e["success"] for e in episodes if e["arm"] == name}
+             for name in (arm, other)}  # fmt: skip
+    if arm == other or not found[other]:
+        return ""
+    strata: dict[Any, tuple[list[bool], list[bool]]] = {}
+    for key in found[arm].keys() & found[other].keys():
+        mine, theirs = strata.setdefault(key[:2], ([], []))
+        mine.append(found[arm][key])
+        theirs.append(found[other][key])
+    difference = paired_difference(list(strata.values()))
+    low, high = (100 * bound for bound in difference.interval)
+    return f"{100 * difference.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _mean(values: Any) -> float:
+    values = list(values)
+    return sum(values) / max(1, len(values))
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """All tables."""
+    from vla_energy.data.metaworld_env import instruction
+
+    parts = []
+    for result in results:
+        name = result["meta"]["checkpoint"].get("checkpoint")
+        for episode in result["episodes"]:
+            episode["checkpoint"] = name
+        parts += [f"\n## {name}: {result['settings']['episodes']} episodes a task", task_table(result)]
+        if "preflight" in result:
+            pairs = agreement(result, {task: instruction(task) for task in result["tasks"]})
+            right = sum(row[3] for row in pairs)
+            parts.append(f"\nThe verdict agrees with the outcome on {right} of {len(pairs)} tasks:")
+            parts += [f"- {task}: {use}, measured {100 * change:+.0f}" for task, use, change, _ in pairs]
+    return "\n".join(["## All", arm_table(results), *parts])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="three minutes, everything from what ships with us")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--tasks", default="", help="comma-separated")
+    parser.add_argument("--episodes", type=int, default=100)
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--sim", default="metaworld")
+    parser.add_argument("--replan-every", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--preflight", type=Path, help="preflight.json of the checkpoint, to compare its verdict")
+    parser.add_argument("--out", type=Path, default=Path("runs/closed_loop"))
+    parser.add_argument("--report", type=Path, nargs="+", help="only print the tables of earlier results")
+    args = parser.parse_args()
+    if args.report:
+        print(report([json.loads(path.read_text()) for path in args.report]))
+        return
+    if args.quick:
+        result, out = quick(args.out), args.out / "rollout.json"
+    else:
+        if args.checkpoint is None or not args.tasks:
+            sys.exit("error: --checkpoint and --tasks are needed, or --quick")
+        out = args.out
+        options = {"replan_every": args.replan_every, "seed": args.seed, "workers": args.workers, "backend": args.sim}
+        result = study(args.checkpoint, args.tasks.split(","), args.episodes, args.arms.split(","), out, **options)
+        if args.preflight:
+            result["preflight"] = json.loads(args.preflight.read_text())
+    write_json(out, result)
+    print(report([json.loads(out.read_text())]))
+
+
+if __name__ == "__main__":
+    main()

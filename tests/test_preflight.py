@@ -1,0 +1,153 @@
+"""Preflight: what each mode would have done, gates, verdicts, the command."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_energy.backbones.tiny import EMBEDDED as TINY
+from vla_energy.cli import main
+from vla_energy.config import RerankConfig
+from vla_energy.finetune.frames import PolicyFrames
+from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.gates import load_gates
+from vla_energy.modes import Advisor, Proposal
+from vla_energy.preflight.measure import Measured, ModeRecord, measure
+from vla_energy.preflight.verdict import calibrate, effect, halves, judge
+
+EPISODES, EACH = 40, 10
+
+
+def record(error: torch.Tensor, gain: torch.Tensor) -> ModeRecord:
+    return ModeRecord(error, gain, error, torch.full_like(gain, math.nan), 1.0, {}, None, {})
+
+
+def measured(modes: dict[str, ModeRecord], policy: torch.Tensor) -> Measured:
+    episodes = torch.arange(EPISODES).repeat_interleave(EACH)
+    tasks = ["push" if episode % 4 < 2 else "pull" for episode in episodes.tolist()]
+    return Measured(policy, torch.tensor([0.1, 0.2]), episodes, tasks, modes, 1.0)
+
+
+def draws(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    policy = 0.05 + 0.1 * torch.rand(EPISODES * EACH, generator=generator)
+    return policy, torch.rand(EPISODES * EACH, generator=generator)
+
+
+def test_a_mode_that_helps_is_used_with_an_open_gate() -> None:
+    policy, gain = draws()
+    result = judge(measured({"rerank": record(0.5 * policy, gain)}, policy), RerankConfig())
+    assert result["verdict"]["use"] == "rerank" and "use rerank" in result["verdict"]["reasons"][0]
+    assert result["gates"]["rerank"] < 0.2
+    found = result["modes"]["rerank"]["effect"]
+    assert found["l1_gated"] < 0.65 * found["l1_policy"] and found["interval"][1] < -0.3
+    assert found["gap_closed"] == pytest.approx((found["l1_policy"] - found["l1_gated"]) / (0.5 * found["l1_policy"]))
+    assert {task: row["use"] for task, row in result["tasks"].items()} == {"pull": "rerank", "push": "rerank"}
+
+
+def test_a_mode_that_harms_has_a_shut_gate_and_is_left_off() -> None:
+    policy, gain = draws()
+    result = judge(measured({"rerank": record(3 * policy, gain)}, policy), RerankConfig())
+    assert result["verdict"]["use"] == "off" and math.isinf(result["gates"]["rerank"])
+    found = result["modes"]["rerank"]["effect"]
+    assert found["accepted"] == 0 and found["l1_gated"] == found["l1_policy"] and found["worse"] is None
+    assert any("shut" in reason for reason in result["verdict"]["reasons"])
+    assert {row["use"] for row in result["tasks"].values()} == {"off"}
+
+
+def test_a_mode_that_helps_where_its_gain_is_large_is_gated() -> None:
+    policy, gain = draws()
+    error = torch.where(gain > 0.6, 0.1 * policy, 3 * policy)
+    found = judge(measured({"rerank": record(error, gain)}, policy), RerankConfig())
+    assert 0.5 < found["gates"]["rerank"] < 0.75
+    assert 0.2 < found["modes"]["rerank"]["effect"]["accepted"] < 0.5
+
+
+def test_too_small_a_gain_is_not_worth_it_and_retrieve_is_never_the_verdict() -> None:
+    policy, gain = draws()
+    modes = {"rerank": record(0.97 * policy, gain), "retrieve": record(0.1 * policy, torch.full_like(gain, math.inf))}
+    result = judge(measured(modes, policy), RerankConfig())
+    assert result["verdict"]["use"] == "off" and result["gates"]["retrieve"] == 0
+    assert result["modes"]["retrieve"]["effect"]["accepted"] == 1
+
+
+def test_the_half_that_judges_did_not_calibrate() -> None:
+    policy, gain = draws()
+    ours, rest = halves(torch.arange(EPISODES).repeat_interleave(EACH))
+    assert (ours ^ rest).all() and ours.sum() == rest.sum()
+    error = torch.where(ours, 0.1 * policy, 3 * policy)  # fine in one half, harmful in the other
+    seen = measured({"rerank": record(error, gain)}, policy)
+    margin = calibrate(seen, seen.modes["rerank"], ours, RerankConfig())
+    assert margin < 0.2
+    assert effect(seen, seen.modes["rerank"], margin, rest).l1_gated > 2 * float(policy[rest].mean())
+    with pytest.raises(ValueError, match="two episodes"):
+        halves(torch.zeros(5, dtype=torch.long))
+
+
+def test_late_errors_advise_to_ask_more_often() -> None:
+    policy, gain = draws()
+    reasons = judge(measured({"rerank": record(policy, gain)}, policy), RerankConfig())["verdict"]["reasons"]
+    assert any("along the chunk" in reason for reason in reasons)
+
+
+class Fixed(Advisor):
+    """Proposes the expert's chunk in every second row."""
+
+    def __init__(self, expert: torch.Tensor) -> None:
+        super().__init__(None)
+        self.expert = expert
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("retrieve",)
+
+    def propose(self, mode, frame, generators, others=None) -> Proposal:
+        half = torch.arange(len(frame.policy)) % 2 == 0
+        actions = torch.where(half[:, None, None], self.expert[: len(half)], frame.policy)
+        return Proposal(actions, half.float(), torch.full((len(half),), math.nan))
+
+
+def test_measure_keeps_rows_in_order() -> None:
+    expert, layers = torch.randn(6, 8, 4), torch.randn(6, 3, 8, 4)
+    context, mask = torch.zeros(6, 5, 2), torch.ones(6, 5, dtype=torch.bool)
+
+    def batches():
+        for start in (0, 4):
+            rows = slice(start, start + 4)
+            names = [f"task {i}" for i in range(6)][rows]
+            yield PolicyFrames(context[rows], mask[rows], expert[:4][: len(names)], layers[rows],
+                               torch.arange(6)[rows], names)  # fmt: skip
+
+    found = measure(Fixed(expert), batches())
+    assert found.tasks == [f"task {i}" for i in range(6)] and found.episodes.tolist() == [0, 1, 2, 3, 4, 5]
+    errors = found.modes["retrieve"].error
+    assert errors[[0, 2, 4]].tolist() == [0, 0, 0] and torch.equal(errors[[1, 3, 5]], found.policy_error[[1, 3, 5]])
+    assert torch.equal(found.modes["retrieve"].oracle, errors)
+    slow = torch.stack([(layers[i, -1] - expert[i % 4]).abs().mean() for i in range(6)])
+    torch.testing.assert_close(found.policy_error, slow)
+    assert found.by_step.shape == (8,)
+    with pytest.raises(ValueError, match="no held-out frame"):
+        measure(Fixed(expert), [])
+
+
+def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(TINY, folder)
+    data = ["--checkpoint", str(folder), "--data-root-dir", str(EMBEDDED_DATA), "--dataset-name", "metaworld_demo"]
+    out = ["--max-frames", "60", "--out", str(tmp_path / "out")]
+    assert main(["preflight", *data, *out]) == 2
+    assert "neither an energy head nor a memory" in capsys.readouterr().err
+    assert main(["memory", *data, "--max-frames", "200"]) == 0
+    capsys.readouterr()
+    assert main(["preflight", *data, *out]) == 0
+    assert capsys.readouterr().out.startswith("leave reranking off")
+    result = json.loads((tmp_path / "out" / "preflight.json").read_text())
+    assert result["policy"]["frames"] == 60 and result["modes"]["retrieve"]["effect"]["accepted"] == 1
+    assert load_gates(folder) == {"retrieve": 0.0}
+    page = (tmp_path / "out" / "preflight.html").read_text()
+    assert "leave reranking off" in page and "<script" not in page
