@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
@@ -206,3 +208,118 @@ def test_calibration_without_evidence_shuts_the_gate() -> None:
         calibrate_margin(energies, distances, risk=0.0)
     with pytest.raises(ValueError, match=r"\(M,N\)"):
         calibrate_margin(energies[:0], distances[:0])
+
+
+def _fixed(energies: Tensor) -> Any:
+    return lambda actions: energies
+
+
+def _random(seed: int, rows: int = B) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates, energies and priors, some of them not finite."""
+    generator = torch.Generator().manual_seed(seed)
+    candidates = torch.randn(rows, N, H, A, generator=generator)
+    energies, prior = (3 * torch.randn(rows, N, generator=generator) for _ in range(2))
+    prior[:, 0] = 0
+    prior[:, 1:].masked_fill_(torch.rand(rows, N - 1, generator=generator) < 0.3, math.inf)
+    energies.masked_fill_(torch.rand(rows, N, generator=generator) < 0.1, math.nan)
+    return candidates, energies, prior
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.5, 2.0, math.inf]))
+def test_with_a_prior_the_lowest_sum_is_chosen_as_by_a_slow_loop(seed: int, margin: float) -> None:
+    candidates, energies, prior = _random(seed)
+    result = rerank(_fixed(energies), candidates, margin, prior)
+    for row in range(B):
+        sums = [
+            (float(energy + above) if energy.isfinite() else math.inf)
+            for energy, above in zip(energies[row], prior[row], strict=True)
+        ]
+        best = min(range(N), key=sums.__getitem__)
+        taken = sums[0] < math.inf and sums[0] - sums[best] > margin
+        assert bool(result.accepted[row]) == taken and int(result.index[row]) == (best if taken else 0)
+        assert torch.equal(result.actions[row], candidates[row, best if taken else 0])
+        assert result.scores[row].tolist() == pytest.approx(sums, rel=1e-5)
+    clean = energies.nan_to_num(nan=math.inf)
+    assert torch.equal(result.energies, clean), "energies are told without the prior"
+
+
+def test_a_prior_can_make_and_break_a_choice() -> None:
+    candidates = torch.randn(3, 2, H, A)
+    energies, prior = torch.tensor([[1.0, 2.0], [1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, -3], [0, 3], [0, 0.5]])
+    result = rerank(_fixed(energies), candidates, 0.0, prior)
+    assert result.index.tolist() == [1, 0, 1]
+    assert result.scores.tolist() == [[1, -1], [1, 3], [1, 0.5]] and torch.equal(result.energies, energies)
+    assert rerank(_fixed(energies), candidates, 0.5, prior).index.tolist() == [1, 0, 0]
+    assert rerank(_fixed(energies), candidates, 0.0).index.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("lowest", [-1e30, -1.0])
+def test_what_an_infinite_prior_rules_out_is_never_chosen(lowest: float) -> None:
+    energies = torch.zeros(B, N)
+    energies[:, 3] = lowest
+    prior = torch.zeros(B, N)
+    prior[:, 3] = math.inf
+    result = rerank(_fixed(energies), torch.randn(B, N, H, A), 0.0, prior)
+    assert not result.accepted.any() and not result.index.any()
+    assert result.scores[:, 3].isinf().all() and (result.energies[:, 3] == lowest).all()
+    all_out = rerank(_fixed(energies), torch.randn(B, N, H, A), 0.0, torch.full((B, N), math.inf))
+    assert not all_out.accepted.any() and not all_out.index.any()
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        torch.zeros(B, N - 1),
+        torch.zeros(N),
+        torch.zeros(B, 1),
+        torch.zeros(B, N).index_fill(1, torch.tensor([2]), math.nan),
+        torch.zeros(B, N).index_fill(1, torch.tensor([2]), -math.inf),
+    ],
+    ids=["too few", "one row", "one column", "NaN", "-inf"],
+)
+def test_bad_priors_are_refused(problem: tuple[Tensor, Tensor, Tensor], prior: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"prior .*expected \(B,N\) = \(5, 7\), no NaN or -inf"):
+        rerank(_fixed(torch.zeros(B, N)), problem[2], 0.0, prior)
+    with pytest.raises(ValueError, match="prior"):
+        _reranker(0.0)(*problem, prior)
+
+
+def test_a_reranker_adds_the_prior_and_takes_a_margin_for_one_call(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    reranker = _reranker(math.inf)
+    assert not reranker(*problem).accepted.any()
+    plain = reranker(*problem, margin=0.0)
+    assert plain.accepted.any() and torch.equal(plain.scores, plain.energies)
+    assert reranker.margin == math.inf and not reranker(*problem).accepted.any(), "the call's margin is forgotten"
+    prior = torch.zeros(B, N)
+    prior[:, 4] = -100
+    result = reranker(*problem, prior, margin=0.0)
+    assert torch.equal(result.energies, plain.energies) and torch.equal(result.scores, plain.energies + prior)
+    assert result.index.tolist() == [4] * B and reranker.counters["accepted"] == int(plain.accepted.sum()) + B
+    assert not _reranker(0.0)(*problem, margin=math.inf).accepted.any()
+    for margin in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="margin="):
+            reranker(*problem, margin=margin)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0, 2), st.floats(0, 2))
+def test_more_tolerance_never_asks_for_a_larger_margin(seed: int, first: float, second: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    energies = torch.randn(300, 3, generator=generator)
+    distances = torch.rand(300, 3, generator=generator)
+    distances[:, 0] += 0.4
+    low, high = sorted((first, second))
+    strict, none, loose = (calibrate_margin(energies, distances, tolerance=t) for t in (0.0, low, high))
+    assert loose <= none <= strict
+    assert calibrate_margin(energies, distances) == strict
+
+
+def test_tolerance_forgives_what_is_worse_by_no_more() -> None:
+    generator = torch.Generator().manual_seed(0)
+    energies, distances = torch.randn(500, 2, generator=generator), torch.tensor([[1.0, 1.25]]).expand(500, 2)
+    assert calibrate_margin(energies, distances, tolerance=0.24) == math.inf
+    assert calibrate_margin(energies, distances, tolerance=0.25) == 0.0, "a difference of the tolerance is forgiven"
+    for tolerance in (-0.1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="tolerance="):
+            calibrate_margin(energies, distances, tolerance=tolerance)

@@ -107,10 +107,13 @@ def propose(
         sources.extend(f"noise_{std:g}" for std in stds)
     prior = [torch.zeros(len(policy), 1 + len(columns), device=policy.device)]
     for name, source in (others or {}).items():
-        if source.chunks.ndim != 4 or source.chunks[:, 0].shape != policy.shape:
+        count = source.chunks.shape[1] if source.chunks.ndim == 4 else 0
+        if source.chunks.shape != (len(policy), count, *policy.shape[1:]):
             raise ValueError(
                 f"{name} {tuple(source.chunks.shape)}: expected (B,K,H,A) for policy {tuple(policy.shape)}"
             )
+        if source.prior is not None and source.prior.shape != source.chunks.shape[:2]:
+            raise ValueError(f"{name}: expected a prior (B,K), got {tuple(source.prior.shape)}")
         columns.extend(source.chunks.to(policy).unbind(1))
         sources.extend([name] * source.chunks.shape[1])
         none = torch.zeros(source.chunks.shape[:2], device=policy.device)
@@ -153,8 +156,9 @@ def source_report(candidates: CandidateSet, expert: Tensor) -> dict[str, dict[st
     distances = chunk_distance(candidates.actions, expert)
     away = chunk_distance(candidates.actions, candidates.actions[:, 0].float())
     report = {}
-    for name in dict.fromkeys(source.partition("_")[0] for source in candidates.sources):
-        columns = [i for i, source in enumerate(candidates.sources) if source.partition("_")[0] == name]
+    kinds = [_kind(source) for source in candidates.sources]
+    for name in dict.fromkeys(kinds):
+        columns = [i for i, kind in enumerate(kinds) if kind == name]
         there = candidates.prior[:, columns] < math.inf
         best = distances[:, columns].masked_fill(~there, math.inf).amin(1)
         rows = there.any(1)
@@ -164,6 +168,11 @@ def source_report(candidates: CandidateSet, expert: Tensor) -> dict[str, dict[st
             "oracle_with_policy": float(torch.minimum(best, distances[:, 0]).mean()),
         }
     return report
+
+
+def _kind(source: str) -> str:
+    """`layer_exit_3` is a `layer_exit`, `noise_0.05` is `noise`; other sources keep their names."""
+    return next((kind for kind in ("layer_exit", "noise") if source.startswith(f"{kind}_")), source)
 
 
 def _check(policy: Tensor, layer_actions: Tensor | None, gripper_dims: Sequence[int]) -> None:

@@ -16,7 +16,7 @@ from vla_energy.checkpoint import CheckpointError, atomic_write
 from vla_energy.memory import PREFIX, ChunkMemory, check_memory
 from vla_energy.modes import BOTH, Advisor
 from vla_energy.noise import noise_scale
-from vla_energy.rerank import Reranker
+from vla_energy.rerank import Reranker, check_statistics
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,7 @@ def load_advisor(
     memory = ChunkMemory.load(folder) if any(folder.glob(f"{PREFIX}*")) else None
     if memory is not None:
         check_memory(memory, horizon, action_dim, context_dim)
-        if reranker is not None:
-            reranker.ensure_compatible(memory.statistics, horizon, action_dim, context_dim)
+        check_statistics(memory.statistics, statistics, "the memory")
     gates = load_gates(folder)
     if reranker is not None and memory is not None and BOTH not in gates:
         logger.warning("no gate of %s is calibrated in %s, so it stays shut: run vla-energy preflight", BOTH, folder)

@@ -206,7 +206,7 @@ def replan(
 
     Args:
         reranker: its head and `config.replan` are used.
-        frame: B rows.
+        frame: B rows. One action of a chunk is always left to compare.
         plans: of each row, None at an episode's start.
         executed: of each row, actions of the plan's chunk that were executed.
 
@@ -222,7 +222,7 @@ def replan(
     new = []
     for plan, old, fresh, above in zip(plans, rest, frame.policy, rise.tolist(), strict=True):
         if plan is not None and above <= config.margin:
-            new.append(Plan(old, min(2 * plan.interval, config.longest, len(old))))
+            new.append(Plan(old, min(2 * plan.interval, config.longest, max(1, len(old) - 1))))
         else:
             new.append(Plan(fresh, min(config.shortest, len(fresh))))
     return new, rise

@@ -232,23 +232,7 @@ class Reranker:
         self._check_dims(horizon, action_dim, context_dim)
         if self.statistics is None:
             raise CompatibilityError("the head carries no dataset statistics: train it again, or save it with them")
-        ours, theirs = self.statistics.action, statistics.action
-        if ours.dim != theirs.dim:
-            raise CompatibilityError(f"the head's statistics have {ours.dim} dimensions, the policy's {theirs.dim}")
-        unit = np.maximum(ours.q99 - ours.q01, 1e-8)
-        same = {
-            "mask": ours.mask == theirs.mask,
-            "q01": ~ours.mask | (np.abs(ours.q01 - theirs.q01) <= _TOLERANCE * unit),
-            "q99": ~ours.mask | (np.abs(ours.q99 - theirs.q99) <= _TOLERANCE * unit),
-            "min = max": ~ours.mask | ((ours.min == ours.max) == (theirs.min == theirs.max)),
-        }
-        for name, equal in same.items():
-            if not equal.all():
-                raise CompatibilityError(
-                    f"the head was trained with other action statistics: {name} differs at dimension "
-                    f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, "
-                    "or train the head again"
-                )
+        check_statistics(self.statistics, statistics, "the head")
 
     def _check_dims(self, horizon: int, action_dim: int, context_dim: int) -> None:
         asked = {"horizon": horizon, "action_dim": action_dim, "context_dim": context_dim}
@@ -263,6 +247,35 @@ class Reranker:
         tallies = torch.stack([result.accepted.sum(), (~finite).sum(), (finite & ~usable).sum(), alone.sum()]).tolist()
         for name, value in zip(self.counters, (len(candidates), *tallies), strict=True):
             self.counters[name] += value
+
+
+def check_statistics(trained: DatasetStatistics, used: DatasetStatistics, what: str) -> None:
+    """Checks that normalised actions mean the same under two statistics.
+
+    Args:
+        trained: those that `what` was made with.
+        used: the policy's.
+        what: "the head", "the memory".
+
+    Raises:
+        CompatibilityError: they do not; the message names the first dimension that differs.
+    """
+    ours, theirs = trained.action, used.action
+    if ours.dim != theirs.dim:
+        raise CompatibilityError(f"{what}'s statistics have {ours.dim} dimensions, the policy's {theirs.dim}")
+    unit = np.maximum(ours.q99 - ours.q01, 1e-8)
+    same = {
+        "mask": ours.mask == theirs.mask,
+        "q01": ~ours.mask | (np.abs(ours.q01 - theirs.q01) <= _TOLERANCE * unit),
+        "q99": ~ours.mask | (np.abs(ours.q99 - theirs.q99) <= _TOLERANCE * unit),
+        "min = max": ~ours.mask | ((ours.min == ours.max) == (theirs.min == theirs.max)),
+    }
+    for name, equal in same.items():
+        if not equal.all():
+            raise CompatibilityError(
+                f"{what} was trained with other action statistics: {name} differs at dimension "
+                f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, or make {what} again"
+            )
 
 
 def _finite(candidates: Tensor) -> Tensor:

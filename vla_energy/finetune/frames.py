@@ -88,7 +88,7 @@ class FrameReader:
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
         self.device = self._job.device
-        self.statistics = policy_statistics(self.vla, statistics_of or dataset)
+        self.statistics = policy_statistics(self.vla, dataset, statistics_of)
 
     def read(self, split: str, max_frames: int | None = None, batch_size: int = 32) -> Iterator[PolicyFrames]:
         """The frames of a split in random order, each once, at most `max_frames` of them.

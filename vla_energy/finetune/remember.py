@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     if args.max_frames < 1:
         raise ValueError(f"--max-frames {args.max_frames}: must be 1 or more")
     folder = Path(args.checkpoint)
+    if not folder.is_dir():
+        raise ValueError(f"--checkpoint {folder} is not a folder; the memory is written into it")
     if old := sorted(folder.glob(f"{PREFIX}*")):
         raise ValueError(f"{old[0]} is there already: delete it to build another")
     reader = FrameReader(

@@ -122,13 +122,13 @@ def prepare(config: FinetuneConfig) -> Job:
     return Job(vla.to(device), train, statistics, device)
 
 
-def policy_statistics(vla: LoadedVLA, name: str) -> DatasetStatistics:
-    """Those that a finished policy's actions are normalised with: its only ones, or those of the dataset `name`.
+def policy_statistics(vla: LoadedVLA, dataset: str, name: str | None = None) -> DatasetStatistics:
+    """Those that a finished policy's actions are normalised with: `name`'s, its only ones, or those of the dataset.
 
     Raises:
-        StatisticsError: there are several, none of this name.
+        StatisticsError: none of this name; or there are several and none of the dataset's.
     """
-    return select_statistics(vla.statistics, None if len(vla.statistics) == 1 else name)
+    return select_statistics(vla.statistics, name or (None if len(vla.statistics) == 1 else dataset))
 
 
 def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_dim: int | None) -> LoadedVLA:

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_frames < 1:
         raise ValueError(f"--max-frames {args.max_frames}: must be 1 or more")
+    if not Path(args.checkpoint).is_dir():
+        raise ValueError(f"--checkpoint {args.checkpoint} is not a folder")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "preflight.json")

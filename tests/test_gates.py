@@ -1,0 +1,230 @@
+"""A folder's head, memory and gates as one advisor; what does not fit the policy is refused in words that help."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vla_energy.actions import DatasetStatistics, FieldStatistics
+from vla_energy.checkpoint import CheckpointError, save_head
+from vla_energy.config import EnergyConfig, HeadConfig
+from vla_energy.gates import GATES, load_advisor, load_gates, save_gates
+from vla_energy.head import EnergyHead
+from vla_energy.memory import ChunkMemory, MemoryBatch
+from vla_energy.modes import BOTH, Advisor, Frame
+from vla_energy.noise import noise_scale
+from vla_energy.rerank import MARGIN_KEY, CompatibilityError
+
+S, D, H, A, FRAMES = 4, 12, 3, 3, 12
+
+
+def _statistics(factor: float = 1.0, dims: int = A) -> DatasetStatistics:
+    values = factor * np.random.default_rng(0).normal(size=(100, dims))
+    return DatasetStatistics(FieldStatistics.of(values, np.arange(dims) < dims - 1), None, 100, 2)
+
+
+def _save_head(folder: Path, extra: dict[str, Any] | None = None, factor: float = 1.0) -> Path:
+    head = EnergyHead(D, A, H, EnergyConfig(head=HeadConfig(hidden_dim=8)))
+    return save_head(folder, head, 7, _statistics(factor), extra)
+
+
+def _save_memory(folder: Path, width: int = D, horizon: int = H, dims: int = A, factor: float = 1.0) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(FRAMES, S, width, generator=generator)
+    policy, expert = (torch.rand(FRAMES, horizon, dims, generator=generator) for _ in range(2))
+    batch = MemoryBatch(context, torch.ones(FRAMES, S, dtype=torch.bool), policy, expert, torch.arange(FRAMES) // 4)
+    return ChunkMemory.build([batch], _statistics(factor, dims)).save(folder, 7)
+
+
+def _load(folder: Path, **changes: Any) -> Advisor:
+    policy: dict[str, Any] = {"statistics": _statistics(), "horizon": H, "action_dim": A, "context_dim": D}
+    return load_advisor(folder, **{**policy, **changes})
+
+
+# The file of margins.
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.dictionaries(st.text(max_size=8), st.floats(0, allow_nan=False, allow_infinity=True), max_size=5))
+def test_gates_come_back_as_they_were_saved(tmp_path_factory: pytest.TempPathFactory, gates: dict[str, float]) -> None:
+    folder = tmp_path_factory.mktemp("gates")
+    path = save_gates(folder, gates)
+    assert path == folder / GATES and load_gates(folder) == gates
+    assert [entry.name for entry in folder.iterdir()] == [GATES]
+
+
+def test_a_shut_gate_is_null_in_strict_json(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    path = save_gates(tmp_path, {"rerank": 0.25, BOTH: math.inf, "refine": math.nan})
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"rerank": 0.25, BOTH: None, "refine": None}
+    assert load_gates(tmp_path) == {"rerank": 0.25, BOTH: math.inf, "refine": math.inf}
+    save_gates(tmp_path, {"rerank": 0.5})
+    assert load_gates(tmp_path) == {"rerank": 0.5}, "the old ones are replaced, not mixed in"
+
+
+def test_no_file_is_no_gates(tmp_path: Path) -> None:
+    assert load_gates(tmp_path) == {} and load_gates(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b'{"rerank": 0.5', b"[0.5]", b"3", b'{"rerank": [0.5]}', b'{"rerank": "much"}', b"\xff\xfe\x00{"]
+)
+def test_a_damaged_file_is_named_with_what_writes_it(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / GATES).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{GATES} is damaged .*vla-energy preflight writes it"):
+        load_gates(tmp_path)
+    with pytest.raises(CheckpointError, match="damaged"):
+        _load(tmp_path)
+
+
+@pytest.mark.parametrize("margin", ["-0.1", "NaN", "-Infinity"])
+def test_margins_below_zero_are_refused_by_name(tmp_path: Path, margin: str) -> None:
+    (tmp_path / GATES).write_text(f'{{"rerank": 0.5, "refine": {margin}}}')
+    with pytest.raises(CheckpointError, match=f"{GATES}: margins of refine are not 0 or more"):
+        load_gates(tmp_path)
+
+
+# A checkpoint's folder.
+
+
+def test_an_empty_folder_has_no_modes_and_files_add_theirs(tmp_path: Path) -> None:
+    assert _load(tmp_path).modes == ()
+    memory = _save_memory(tmp_path)
+    assert _load(tmp_path).modes == ("retrieve",)
+    _save_head(tmp_path)
+    assert set(_load(tmp_path).modes) == {"rerank", "refine", "retrieve", BOTH}
+    memory.unlink()
+    assert _load(tmp_path).modes == ("rerank", "refine")
+
+
+def test_margins_come_from_the_head_and_from_the_file_of_gates(tmp_path: Path) -> None:
+    _save_head(tmp_path, {MARGIN_KEY: 0.75})
+    _save_memory(tmp_path)
+    assert _load(tmp_path).gates == {"rerank": 0.75, "refine": math.inf, "retrieve": 0.0, BOTH: math.inf}
+    save_gates(tmp_path, {"rerank": 0.1, "refine": math.inf, BOTH: 0.2})
+    assert _load(tmp_path).gates == {"rerank": 0.1, "refine": math.inf, "retrieve": 0.0, BOTH: 0.2}
+    shut = tmp_path / "shut"
+    _save_head(shut, {MARGIN_KEY: None})
+    assert _load(shut).gates["rerank"] == math.inf
+
+
+def test_the_noise_is_the_statistics_own(tmp_path: Path) -> None:
+    _save_head(tmp_path)
+    advisor = _load(tmp_path, device=torch.device("cpu"))
+    assert list(advisor.gripper_dims) == [A - 1], "the dimension that is not normalised"
+    assert advisor.scale is not None and torch.equal(advisor.scale, noise_scale(_statistics()))
+    assert advisor.reranker is not None and not advisor.reranker.head.training
+
+
+def test_a_gate_that_was_never_calibrated_is_said_to_stay_shut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _save_head(tmp_path, {MARGIN_KEY: 0.5})
+    with caplog.at_level(logging.WARNING):
+        _load(tmp_path)
+        assert not caplog.records, "without a memory there is nothing to say"
+        _save_memory(tmp_path)
+        _load(tmp_path)
+        assert "rerank+retrieve" in caplog.text and "vla-energy preflight" in caplog.text
+        caplog.clear()
+        save_gates(tmp_path, {BOTH: math.inf})
+        _load(tmp_path)
+        assert not caplog.records
+
+
+def test_an_advisor_from_a_folder_lends_what_was_remembered(tmp_path: Path) -> None:
+    _save_head(tmp_path)
+    _save_memory(tmp_path)
+    advisor = _load(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    context = torch.randn(FRAMES, S, D, generator=generator)
+    policy, expert = (torch.rand(FRAMES, H, A, generator=generator) for _ in range(2))
+    frame = Frame(context, torch.ones(FRAMES, S, dtype=torch.bool), policy)
+    proposal, accepted = advisor.decide("retrieve", frame, [torch.Generator() for _ in range(FRAMES)])
+    assert accepted.all() and torch.equal(proposal.actions, expert)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"horizon": H + 1}, "horizon is 4 here, .* with 3"),
+        ({"action_dim": A + 1}, "action_dim is 4 here, .* with 3"),
+        ({"context_dim": D + 1}, "context_dim is 13 here, .* with 12"),
+    ],
+)
+@pytest.mark.parametrize("save", [_save_head, _save_memory])
+def test_a_head_or_memory_of_another_policy_is_refused(
+    tmp_path: Path, save: Any, changes: dict[str, int], message: str
+) -> None:
+    save(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        _load(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("built", "message"),
+    [({"horizon": 2}, "horizon is 3"), ({"dims": 4}, "action_dim is 3"), ({"width": 8}, "context_dim is 12")],
+)
+@pytest.mark.parametrize("with_head", [False, True])
+def test_a_memory_of_another_shape_is_to_be_built_again(
+    tmp_path: Path, built: dict[str, int], message: str, with_head: bool
+) -> None:
+    if with_head:
+        _save_head(tmp_path)
+    _save_memory(tmp_path, **built)
+    with pytest.raises(ValueError, match=f"{message} here, the memory was built with .*: build it again"):
+        _load(tmp_path)
+
+
+def test_a_head_of_other_statistics_is_refused(tmp_path: Path) -> None:
+    _save_head(tmp_path, factor=2.0)
+    with pytest.raises(CompatibilityError, match="the head was trained with other action statistics: q01"):
+        _load(tmp_path)
+
+
+def test_a_memory_of_other_statistics_than_the_heads_is_refused(tmp_path: Path) -> None:
+    _save_head(tmp_path)
+    _save_memory(tmp_path, factor=2.0)
+    with pytest.raises(ValueError, match="other action statistics: q01 differs at dimension 0"):
+        _load(tmp_path)
+
+
+def test_a_memory_of_other_statistics_is_refused_without_a_head_too(tmp_path: Path) -> None:
+    _save_memory(tmp_path, factor=2.0)
+    with pytest.raises(ValueError, match="statistics"):
+        _load(tmp_path)
+
+
+def test_statistics_that_differ_in_the_mask_are_refused(tmp_path: Path) -> None:
+    _save_head(tmp_path)
+    _save_memory(tmp_path)
+    statistics = _statistics()
+    unmasked = dataclasses.replace(statistics.action, mask=np.ones(A, bool))
+    with pytest.raises(CompatibilityError, match="mask differs at dimension 2"):
+        _load(tmp_path, statistics=dataclasses.replace(statistics, action=unmasked))
+
+
+@pytest.mark.parametrize("save", [_save_head, _save_memory])
+def test_a_damaged_or_a_second_file_is_an_error_and_not_a_missing_mode(tmp_path: Path, save: Any) -> None:
+    path = save(tmp_path)
+    data = path.read_bytes()
+    path.write_bytes(data[:-20])
+    with pytest.raises(CheckpointError, match=path.name):
+        _load(tmp_path)
+    path.write_bytes(data)
+    assert _load(tmp_path).modes
+    path.with_name(path.name.replace("--7", "--8")).write_bytes(data)
+    with pytest.raises(CheckpointError, match="2 files"):
+        _load(tmp_path)
