@@ -102,6 +102,10 @@ def test_without_proprio_the_key_is_absent_and_given_statistics_are_used(stored:
     assert np.abs(batch["actions"][..., :6]).max() < 0.5
 
 
+def test_outcomes_are_absent_where_the_dataset_does_not_have_them(stored: Path) -> None:
+    assert not {"success", "remaining"} & set(next(open_dataset(stored, outcomes=True).batches(2)))
+
+
 def test_order_depends_on_the_seed_alone_and_epochs_differ(stored: Path) -> None:
     dataset = open_dataset(stored, seed=5)
     count = dataset.num_frames

@@ -118,7 +118,6 @@ _BRIDGE = DatasetConfig(
     motion_key="state[:6]",
 )
 _METAWORLD = DatasetConfig(action_mask=(True, True, True, False))
-_OURS = "metaworld"
 DATASETS: dict[str, DatasetConfig] = {
     "libero_spatial_no_noops": _LIBERO,
     "libero_object_no_noops": _LIBERO,
@@ -128,25 +127,28 @@ DATASETS: dict[str, DatasetConfig] = {
     "bridge_orig": _BRIDGE,
     "bridge_dataset": _BRIDGE,
 }
+_PREFIXES = {"metaworld": _METAWORLD, "libero_rollouts": _LIBERO}
+"""Datasets written here, by what their names start with."""
 
 
 def dataset_config(name: str, overrides_path: str | Path | None = None) -> DatasetConfig:
     """The configuration of dataset `name`.
 
     Args:
-        name: a known dataset, any name starting with `metaworld`, or an entry of the file.
+        name: a known dataset, any name starting with `metaworld` or `libero_rollouts`, or an entry of the file.
         overrides_path: JSON or YAML file `{dataset name: {field: value}}`; fields given there replace those of
             the known dataset, or the defaults of `DatasetConfig`.
 
     Raises:
         DatasetError: unknown dataset or field, or an unreadable file; the message lists what is possible.
     """
-    base = _METAWORLD if name.startswith(_OURS) else DATASETS.get(name)
+    base = next((base for prefix, base in _PREFIXES.items() if name.startswith(prefix)), DATASETS.get(name))
     overrides = {} if overrides_path is None else _read_overrides(Path(overrides_path))
     if name not in overrides:
         if base is None:
+            known = ", ".join((*sorted(DATASETS), *(f"{prefix}*" for prefix in _PREFIXES)))
             raise DatasetError(
-                f"unknown dataset {name!r}; known: {', '.join(sorted(DATASETS))}, {_OURS}*. To add it, write its keys "
+                f"unknown dataset {name!r}; known: {known}. To add it, write its keys "
                 f'to a JSON or YAML file, {{"{name}": {{"image_key": ..., "action_mask": [...]}}}}, and pass that file '
                 f"as the dataset configuration. Fields: {_field_names()}"
             )

@@ -37,6 +37,7 @@ __all__ = [
     "suite_of",
     "suite_tasks",
     "task_names",
+    "to_raw",
 ]
 
 ACTION_DIM = 7
@@ -65,6 +66,17 @@ def axis_angle(quaternion: np.ndarray) -> np.ndarray:
     w = float(np.clip(quaternion[3], -1.0, 1.0))
     sine = np.sqrt(1.0 - w * w)
     return np.zeros(3) if np.isclose(sine, 0.0) else np.asarray(quaternion[:3]) * (2.0 * np.arccos(w) / sine)
+
+
+def to_raw(action: np.ndarray) -> np.ndarray:
+    """What the environment executes of actions (..., 7) whose last is 1 open .. 0 closed.
+
+    Returns:
+        The same shape, all within [-1, 1], the last -1 (open) or +1 (closed): the convention of LIBERO's datasets.
+    """
+    action = np.asarray(action, np.float64)
+    gripper = np.where(action[..., -1:] > _OPEN_ABOVE, -1.0, 1.0)
+    return np.concatenate([np.clip(action[..., :-1], -1.0, 1.0), gripper], -1)
 
 
 def _image_size(size: int | None) -> int:
@@ -200,8 +212,7 @@ class Libero:
 
     def step(self, action: np.ndarray) -> bool:
         """Executes an action (7,) whose last is 1 open .. 0 closed; whether the task is now solved."""
-        action = np.asarray(action, np.float64)
-        return self.step_raw(np.append(action[:-1], -1.0 if action[-1] > _OPEN_ABOVE else 1.0))
+        return self.step_raw(to_raw(action))
 
     def step_raw(self, action: np.ndarray) -> bool:
         """Executes an action (7,) whose last is -1 open .. +1 closed; whether the task is now solved."""
@@ -213,6 +224,10 @@ class Libero:
     def joints(self) -> np.ndarray:
         """The arm's joint angles (7,) float32, radians."""
         return self._sim.data.qpos[self._robot._ref_joint_pos_indexes].astype(np.float32)
+
+    def extras(self) -> dict[str, np.ndarray]:
+        """What the recorder stores and the policy does not see: `joint_state` (7,), see `joints`."""
+        return {"joint_state": self.joints()}
 
     def hand(self) -> np.ndarray:
         """Position (3,) between the fingertips, metres."""

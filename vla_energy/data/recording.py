@@ -1,5 +1,7 @@
 """What the RLDS recorders share: attempts until enough succeed, disturbances, one process a task, the writer.
 
+Recorded rollouts (`vla_energy.rollout.record`) share the steps and the writer.
+
 Simulator processes import this module: neither torch nor TensorFlow at its top.
 """
 
@@ -94,9 +96,9 @@ def make_step(observation: dict[str, Any], action: np.ndarray, instruction: str,
     }
 
 
-def finish(steps: list[Step]) -> list[Step]:
-    """`steps` with the last one marked as the one that solved the task."""
-    steps[-1].update(reward=1.0, is_last=True, is_terminal=True)
+def finish(steps: list[Step], solved: bool = True) -> list[Step]:
+    """`steps` with the last one marked: as the one that solved the task, or as where the episode was cut off."""
+    steps[-1].update(reward=float(solved), is_last=True, is_terminal=solved)
     return steps
 
 
@@ -221,7 +223,7 @@ def write_dataset(
                         if isinstance(value, bytes):
                             step["observation"][key] = io.BytesIO(value)
                 metadata = episode["episode_metadata"]
-                yield f"{metadata['task']}_{metadata['seed']}", episode
+                yield "_".join(str(metadata[key]) for key in ("task", "seed", "arm") if key in metadata), episode
 
     Demonstrations.name = name
     builder = Demonstrations(data_dir=str(out))

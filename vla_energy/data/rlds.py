@@ -44,6 +44,7 @@ class RldsDataset:
         seed: of shuffling and augmentation.
         val_fraction: share of training episodes held out where there is no `val`, at least one; 0 for none.
         num_threads: threads that TensorFlow may use for decoding.
+        outcomes: give each frame its episode's success and the steps that remain of it, where the dataset knows.
 
     Attributes:
         statistics: what actions and proprio are normalised with.
@@ -73,6 +74,7 @@ class RldsDataset:
         seed: int = 0,
         val_fraction: float = 0.05,
         num_threads: int = 1,
+        outcomes: bool = False,
     ) -> None:
         self._tf = tensorflow_quiet.tf()
         self._plain = self._tf.autograph.experimental.do_not_convert  # for why, see RldsSource.episodes
@@ -85,6 +87,7 @@ class RldsDataset:
         self._source = RldsSource(data_root_dir, dataset_name, config, val_fraction)
         if use_proprio:
             self._source.require_proprio()
+        self._outcomes = outcomes and self._source.has_success
         self._image_keys = _select_images(config, num_images)
         self._image_size = self._check_images(image_size)
         self._shards = self._source.shards(split)
@@ -143,7 +146,9 @@ class RldsDataset:
         Yields:
             `images (B, num_images, h, w, 3)` uint8, main camera first; `actions (B, H, A)` float32 normalised;
             `proprio (B, P)` float32 normalised, if used; `instructions` list of B strings; `episode (B,)` int64
-            index within the stored split; `step (B,)` int64 index within the stored episode.
+            index within the stored split; `step (B,)` int64 index within the stored episode. With `outcomes`, where the
+            dataset has `episode_metadata/success`: `success (B,)` bool of the episode, and `remaining (B,)` int64 steps
+            that follow in it, 0 at its last; elsewhere there are no such keys.
 
         Raises:
             DatasetError: a bad argument, or a shard or image that cannot be read.
@@ -207,6 +212,9 @@ class RldsDataset:
         if self._proprio is not None:
             proprio.set_shape([None, self.proprio_dim])
             steps["proprio"] = proprio
+        if self._outcomes:
+            steps["success"] = tf.repeat(episode["success"], stop - start)
+            steps["remaining"] = tf.shape(episode["action"], tf.int64)[0] - 1 - steps["step"]
         return tf.reduce_any(language != ""), steps
 
     def _chunk_arrays(self, action: np.ndarray, motion: np.ndarray, proprio: np.ndarray) -> tuple[Any, ...]:

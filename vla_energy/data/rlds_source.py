@@ -9,12 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vla_energy.data import tensorflow_quiet
 from vla_energy.data.datasets import DatasetConfig, DatasetError, parse_key
 from vla_energy.data.rlds_folder import FEATURES, INFO, Shard, check_shard, find_folder
 
 SPLITS = ("train", "val")
 _EPISODE = "episode_metadata/"
+_SUCCESS = f"{_EPISODE}success"
 
 
 class RldsSource:
@@ -28,6 +31,7 @@ class RldsSource:
     Attributes:
         folder: the version folder.
         action_dim, motion_dim, proprio_dim: widths; `proprio_dim` is None if the dataset lacks a proprio key.
+        has_success: whether the dataset says of each episode if it succeeded: a number `episode_metadata/success`.
 
     Raises:
         DatasetError: no such dataset, an unreadable one, or a missing key.
@@ -49,6 +53,8 @@ class RldsSource:
         if "steps" not in self._info.features:
             raise DatasetError(f"{self.folder} is no RLDS dataset: its features have no 'steps'")
         self._paths = self._list_paths()
+        success = self._paths.get(_SUCCESS)  # others may keep text there, or a value a step
+        self.has_success = success is not None and success.shape == () and np.dtype(success.np_dtype).kind in "biuf"
         self.action_dim = self._width(config.action_key, "action_key")
         config.mask(self.action_dim)
         self.feature(config.language_key, "language_key")
@@ -160,7 +166,8 @@ class RldsSource:
 
         Returns:
             Elements `{"episode": (), "action": (T,A), "motion": (T,M), "proprio": (T,P), "language": (T,),
-            "images": tuple of (T,)}`; encoded images are strings. M and P may be 0.
+            "images": tuple of (T,)}` and, if `has_success`, `"success": ()`; encoded images are strings. M and P may
+            be 0.
         """
         tf = self._tf
         paths = tf.constant([shard.path for shard in shards])
@@ -189,6 +196,7 @@ class RldsSource:
         observed = [*image_keys, *([] if config.motion_key is None else [config.motion_key])]
         observed += config.proprio_keys if self.proprio_dim else ()
         paths = {config.action_key, config.language_key, *(f"observation/{parse_key(key)[0]}" for key in observed)}
+        paths |= {_SUCCESS} if self.has_success else set()
         tree: dict[str, Any] = {"steps": {}}
         for path in paths:
             *parents, leaf = (path if path.startswith(_EPISODE) else f"steps/{path}").split("/")
@@ -226,6 +234,7 @@ class RldsSource:
             "proprio": vectors(tuple(f"observation/{key}" for key in proprio_keys)),
             "language": language if len(language.shape) else tf.repeat(language, length),
             "images": tuple(get(f"observation/{key}") for key in image_keys),
+            **({"success": tf.cast(get(_SUCCESS), tf.bool)} if self.has_success else {}),
         }
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from typing import Any
 
@@ -17,6 +18,13 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise DataDependencyError(f"{name} is missing: pip install 'vla-energy[data]'") from error
+
+
+def require() -> None:
+    """Raises DataDependencyError if TensorFlow or tensorflow-datasets is not installed; imports neither."""
+    for name in ("tensorflow", "tensorflow_datasets"):
+        if importlib.util.find_spec(name) is None:
+            raise DataDependencyError(f"{name} is missing: pip install 'vla-energy[data]'")
 
 
 def tf() -> Any:

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=2, metavar="N", help="simulator processes = largest batch (default 2)"
     )
     parser.add_argument("--sim", default="metaworld", help="simulator: metaworld (default), libero, or module:Class")
+    parser.add_argument("--record", metavar="DIR", help="write all episodes as an RLDS dataset, DIR/NAME/1.0.0")
+    parser.add_argument("--record-name", metavar="NAME", help="name of that dataset (default SIM_rollouts)")
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
@@ -35,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the command; what can be wrong with the flags is found before the checkpoint is loaded."""
     from vla_energy.rollout.interface import ARMS, check_arms
+    from vla_energy.rollout.record import check_target
     from vla_energy.rollout.run import Settings, run_rollouts
     from vla_energy.rollout.summary import check_writable, to_json
 
@@ -44,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     settings.validate()
     check_arms(args.arms, set(ARMS))
     check_writable(args.out)
+    if args.record is not None:
+        check_target(args.record, args.record_name, args.sim)
+    elif args.record_name is not None:
+        raise ValueError(f"--record-name {args.record_name} without --record: name the folder too, --record DIR")
     settings.resolve()
     from vla_energy.rollout.policy import load_policy
 
@@ -58,8 +65,14 @@ def run(args: argparse.Namespace) -> int:
         args.workers,
         backend=args.sim,
         out=args.out,
+        record=args.record,
+        record_name=args.record_name,
     )
-    print(json.dumps(to_json(result), allow_nan=False) if args.json else f"{table(result)}\nwritten to {args.out}")
+    if args.json:
+        print(json.dumps(to_json(result), allow_nan=False))
+    else:
+        recorded = f"; episodes recorded to {result['meta']['recorded']}" if args.record else ""
+        print(f"{table(result)}\nwritten to {args.out}{recorded}")
     return 0
 
 

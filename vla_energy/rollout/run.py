@@ -22,7 +22,9 @@ from tqdm import tqdm
 
 from vla_energy.actions import RawActions
 from vla_energy.rollout.interface import Decision, Policy, Request, check_arms, split_arm
+from vla_energy.rollout.record import Recorder, check_target
 from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
+from vla_energy.rollout.spool import Trace
 from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
 from vla_energy.rollout.world import Observation
 
@@ -111,6 +113,8 @@ def run_rollouts(
     *,
     backend: str = "metaworld",
     out: str | Path | None = None,
+    record: str | Path | None = None,
+    record_name: str | None = None,
 ) -> dict[str, Any]:
     """Runs `episodes` episodes of every task with every arm, on the same seeds.
 
@@ -125,20 +129,25 @@ def run_rollouts(
         workers: simulator processes, which is also the largest batch the policy sees.
         backend: simulator, see `simulator.BACKENDS`.
         out: JSON file, rewritten after every task; `"complete"` in it is false until the last.
+        record: data root to write the episodes to as an RLDS dataset, see `record`; None records nothing.
+        record_name: the dataset's name, by default `metaworld_rollouts`, `libero_rollouts`, or else `rollouts`.
 
     Returns:
         What `summary.summarize` describes; the content of `out`.
 
     Raises:
         ValueError: settings that fit neither each other, nor the checkpoint, nor the simulator; a policy that
-            answers with chunks of the wrong shape or with NaN.
+            answers with chunks of the wrong shape or with NaN; a dataset of this name is there.
         SimulatorError: a simulator failed, died or hung; tasks finished before are in `out`.
-        OSError: `out` cannot be written; found before the first episode.
+        OSError: `out` or `record` cannot be written; found before the first episode.
+        DataDependencyError: `record` without tensorflow-datasets; found before the first episode.
+        RecordingError: the dataset cannot be written at the end; the message says where the episodes are.
     """
     settings = Settings(list(tasks), episodes, list(arms), seed, replan_every, max_steps, workers, backend)
     settings.validate()
     if out is not None:
         check_writable(out)
+    name = None if record is None else check_target(record, record_name, backend)
     settings = settings.resolve()
     settings.validate_policy(policy)
     start = time.perf_counter()
@@ -146,10 +155,19 @@ def run_rollouts(
     records: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     total = len(settings.tasks) * len(settings.arms) * episodes
-    with tqdm(total=total, disable=None, unit="episode") as bar:  # None: silent where stderr is no terminal
+    with contextlib.ExitStack() as stack:
+        recorder = None
+        if record is not None and name is not None:
+            description = f"Rollouts of {policy.metadata} in {backend}. Arms: {arms}, tasks: {settings.tasks}"
+            recorder = stack.enter_context(Recorder(record, name, backend, description))
+            meta["recorded"] = str(recorder.folder)
+        # None: silent where stderr is no terminal.
+        bar = stack.enter_context(tqdm(total=total, disable=None, unit="episode"))
         for index, task in enumerate(settings.tasks, start=1):
             bar.set_description(task)
-            records += _run_task(policy, task, settings, bar)
+            records += _run_task(policy, task, settings, bar, recorder)
+            if recorder is not None:
+                recorder.finish_task()
             meta["seconds"] = time.perf_counter() - start
             result = summarize(records, settings, meta, complete=index == len(settings.tasks))
             if out is not None:
@@ -171,6 +189,7 @@ class _Episode:
     milliseconds: list[float] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     executed: int = 0
+    trace: Trace = field(default_factory=Trace)
 
     def record(self) -> dict[str, Any]:
         keys = sorted({key for decision in self.decisions for key in decision.telemetry})
@@ -202,7 +221,9 @@ def _order(settings: Settings) -> Iterator[tuple[str, int]]:
                 yield arm, seed
 
 
-def _run_task(policy: Policy, task: str, settings: Settings, bar: tqdm) -> list[dict[str, Any]]:
+def _run_task(
+    policy: Policy, task: str, settings: Settings, bar: tqdm, recorder: Recorder | None
+) -> list[dict[str, Any]]:
     """Records of all episodes of one task, sorted by seed, then by arm as given."""
     waiting = deque(_order(settings))
     records: list[dict[str, Any]] = []
@@ -217,16 +238,19 @@ def _run_task(policy: Policy, task: str, settings: Settings, bar: tqdm) -> list[
             for episode in started:
                 episode.observation = episode.simulator.answer()
             running += started
-            _decide_and_execute(policy, running, settings)
+            _decide_and_execute(policy, running, settings, recorder)
             finished = [episode for episode in running if episode.observation is None]
             running = [episode for episode in running if episode.observation is not None]
             idle = [episode.simulator for episode in finished]
             records += [episode.record() for episode in finished]
+            if recorder is not None:
+                for episode in finished:
+                    recorder.add(episode.trace, task, episode.seed, episode.arm, episode.success)
             bar.update(len(finished))
     return sorted(records, key=lambda record: (record["seed"], settings.arms.index(record["arm"])))
 
 
-def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Settings) -> None:
+def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Settings, recorder: Recorder | None) -> None:
     """One decision and its execution for every episode; the observation of a finished one becomes None."""
     for arm in settings.arms:
         if batch := [episode for episode in running if episode.arm == arm]:
@@ -236,12 +260,14 @@ def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Setti
         decision = episode.decisions[-1]
         count = min(decision.execute or settings.interval(episode.arm), limit - episode.steps)
         observe = episode.steps + count < limit
-        episode.simulator.request_execute(decision.actions.values[:count], observe)
+        episode.simulator.request_execute(decision.actions.values[:count], observe, recorder is not None)
     for episode in running:
         execution = episode.simulator.answer()
         episode.observation, episode.success = execution.observation, execution.done
         episode.steps += execution.steps
         episode.executed = execution.steps
+        if recorder is not None:
+            recorder.extend(episode.trace, execution.frames, episode.decisions[-1].actions.values)
 
 
 def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:

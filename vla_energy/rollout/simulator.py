@@ -3,7 +3,7 @@
 The renderer tolerates neither a second renderer nor TensorFlow in its process, so the world lives in a
 fresh interpreter that imports nothing of the parent's: not torch, not the parent's `__main__` (which is why
 this is no `multiprocessing.Process`). Requests and answers go through a pipe; the image is rendered once a
-chunk, since drawing costs forty times a physics step.
+chunk, since drawing costs forty times a physics step; before every step if the episode is recorded.
 
 What a backend must offer is in `world`.
 """
@@ -101,26 +101,31 @@ class SimulatorProcess:
         self.request_reset(seed)
         return self.answer()
 
-    def execute(self, actions: np.ndarray, observe: bool = True) -> Execution:
+    def execute(self, actions: np.ndarray, observe: bool = True, record: bool = False) -> Execution:
         """Executes `actions (n, A)` in the robot's units until solved, then renders once if `observe`.
+
+        Args:
+            actions: in the robot's units.
+            observe: give what is seen afterwards, unless solved.
+            record: give also what is seen before each action.
 
         Raises:
             ValueError: actions are not (n >= 1, A) or not finite.
             SimulatorError: as in `reset`.
         """
-        self.request_execute(actions, observe)
+        self.request_execute(actions, observe, record)
         return self.answer()
 
     def request_reset(self, seed: int) -> None:
         """As `reset`, without waiting."""
         self._send("reset", seed)
 
-    def request_execute(self, actions: np.ndarray, observe: bool = True) -> None:
+    def request_execute(self, actions: np.ndarray, observe: bool = True, record: bool = False) -> None:
         """As `execute`, without waiting."""
         actions = np.asarray(actions, np.float64)
         if actions.ndim != 2 or not len(actions) or not np.isfinite(actions).all():
             raise ValueError(f"{self.task}: expected finite actions (n, A), got shape {actions.shape}: {actions}")
-        self._send("execute", actions, observe)
+        self._send("execute", actions, observe, record)
 
     def answer(self) -> Any:
         """Waits for the outcome of the last request: an Observation after a reset, else an Execution.

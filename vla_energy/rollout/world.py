@@ -6,6 +6,8 @@ A backend is a module with a `World` class and, beside it, `task_names() -> list
     SUITES, suite_tasks(suite) -> list[str]   names that stand for several tasks, and the tasks of one
     MAX_STEPS                                 its limit of an episode's steps: a number, or one for each suite
 
+and its class `extras() -> dict[str, np.ndarray]`: further observations, float vectors, for recorded episodes only.
+
 This module is imported by the simulator's process: no torch here.
 """
 
@@ -56,11 +58,13 @@ class Observation:
         images: `(num_images, h, w, 3)` uint8.
         proprio: `(P,)` float32 in the robot's units.
         instruction: the task in words.
+        extras: what the backend's class gives as `extras`; not for the policy, only to be recorded.
     """
 
     images: np.ndarray
     proprio: np.ndarray
     instruction: str
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,13 @@ class Execution:
         observation: what is seen afterwards; None once solved or if it was not asked for.
         done: whether the task was solved; later actions of the chunk were not executed.
         steps: physics steps taken.
+        frames: what was seen before each of these steps, if that was asked for.
     """
 
     observation: Observation | None
     done: bool
     steps: int
+    frames: tuple[Observation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,7 @@ class _Server:
         self._task, self._target = task, target
         self._world: World | None = None
         self._module: Any = None
+        self._seen: Observation | None = None  # the last observation, until the next step makes it old
 
     def _load(self) -> Any:
         module, _, name = self._target.partition(":")
@@ -114,9 +121,13 @@ class _Server:
         return world
 
     def _observe(self, world: World) -> Observation:
-        image = np.asarray(world.render(), np.uint8)
-        images = image[None] if image.ndim == 3 else image
-        return Observation(images, np.asarray(world.state(), np.float32), self._module.instruction(self._task))
+        if self._seen is None:
+            image = np.array(world.render(), np.uint8)  # copies: a world may draw into the same buffer again
+            images = image[None] if image.ndim == 3 else image
+            extras = getattr(world, "extras", dict)()
+            instruction = self._module.instruction(self._task)
+            self._seen = Observation(images, np.array(world.state(), np.float32), instruction, extras)
+        return self._seen
 
     def info(self) -> BackendInfo:
         self._load()
@@ -133,15 +144,21 @@ class _Server:
     def reset(self, seed: int) -> Observation:
         world = self._ready()
         world.reset(seed)
+        self._seen = None
         return self._observe(world)
 
-    def execute(self, actions: np.ndarray, observe: bool) -> Execution:
-        if self._world is None:
+    def execute(self, actions: np.ndarray, observe: bool, record: bool) -> Execution:
+        world = self._world
+        if world is None:
             raise SimulatorError("execute before the first reset")
+        frames: list[Observation] = []
         for steps, action in enumerate(actions, start=1):
-            if self._world.step(action):
-                return Execution(None, True, steps)
-        return Execution(self._observe(self._world) if observe else None, False, len(actions))
+            if record:
+                frames.append(self._observe(world))
+            self._seen = None
+            if world.step(action):
+                return Execution(None, True, steps, tuple(frames))
+        return Execution(self._observe(world) if observe else None, False, len(actions), tuple(frames))
 
 
 def serve(descriptor: int, task: str, target: str) -> None:
