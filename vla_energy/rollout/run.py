@@ -8,7 +8,6 @@ generator seeded by (task, episode seed, step) alone, so that it is the same for
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,17 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from vla_energy.actions import RawActions
-from vla_energy.rollout.interface import Decision, Policy, Request, check_arms, split_arm
+from vla_energy.rollout.episode import Episode, decide_and_execute
+from vla_energy.rollout.interface import Policy, check_arms, split_arm
 from vla_energy.rollout.record import Recorder, check_target
 from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
-from vla_energy.rollout.spool import Trace
 from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
-from vla_energy.rollout.world import Observation
 
 EVALUATION_SEED_OFFSET = 1_000_000
 """Episode i starts from `seed + EVALUATION_SEED_OFFSET + i`; recordings stay far below."""
@@ -175,39 +170,6 @@ def run_rollouts(
     return result
 
 
-@dataclass
-class _Episode:
-    """An episode under way in one simulator."""
-
-    simulator: SimulatorProcess
-    arm: str
-    seed: int
-    observation: Observation | None = None
-    steps: int = 0
-    success: bool = False
-    decisions: list[Decision] = field(default_factory=list)
-    milliseconds: list[float] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    executed: int = 0
-    trace: Trace = field(default_factory=Trace)
-
-    def record(self) -> dict[str, Any]:
-        keys = sorted({key for decision in self.decisions for key in decision.telemetry})
-        values = {key: [float(d.telemetry[key]) for d in self.decisions if key in d.telemetry] for key in keys}
-        return {
-            "task": self.simulator.task,
-            "seed": self.seed,
-            "arm": self.arm,
-            "success": self.success,
-            "steps": self.steps,
-            "decisions": len(self.decisions),
-            "accepted_share": float(np.mean([decision.accepted for decision in self.decisions])),
-            "milliseconds": self.milliseconds,
-            "rows": self.rows,
-            "telemetry": {key: float(np.mean(value)) for key, value in values.items()},
-        }
-
-
 def _order(settings: Settings) -> Iterator[tuple[str, int]]:
     """(arm, seed) in the order of execution.
 
@@ -230,15 +192,15 @@ def _run_task(
     with contextlib.ExitStack() as stack:
         count = min(settings.workers, len(waiting))
         idle = [stack.enter_context(SimulatorProcess(task, settings.backend)) for _ in range(count)]
-        running: list[_Episode] = []
+        running: list[Episode] = []
         while waiting or running:
-            started = [_Episode(simulator, *waiting.popleft()) for simulator in idle[: len(waiting)]]
+            started = [Episode(simulator, *waiting.popleft()) for simulator in idle[: len(waiting)]]
             for episode in started:
                 episode.simulator.request_reset(episode.seed)
             for episode in started:
                 episode.observation = episode.simulator.answer()
             running += started
-            _decide_and_execute(policy, running, settings, recorder)
+            decide_and_execute(policy, running, settings, recorder)
             finished = [episode for episode in running if episode.observation is None]
             running = [episode for episode in running if episode.observation is not None]
             idle = [episode.simulator for episode in finished]
@@ -248,63 +210,3 @@ def _run_task(
                     recorder.add(episode.trace, task, episode.seed, episode.arm, episode.success)
             bar.update(len(finished))
     return sorted(records, key=lambda record: (record["seed"], settings.arms.index(record["arm"])))
-
-
-def _decide_and_execute(policy: Policy, running: list[_Episode], settings: Settings, recorder: Recorder | None) -> None:
-    """One decision and its execution for every episode; the observation of a finished one becomes None."""
-    for arm in settings.arms:
-        if batch := [episode for episode in running if episode.arm == arm]:
-            _decide(policy, arm, batch)
-    for episode in running:
-        limit = settings.step_limits[episode.simulator.task]
-        decision = episode.decisions[-1]
-        count = min(decision.execute or settings.interval(episode.arm), limit - episode.steps)
-        observe = episode.steps + count < limit
-        episode.simulator.request_execute(decision.actions.values[:count], observe, recorder is not None)
-    for episode in running:
-        execution = episode.simulator.answer()
-        episode.observation, episode.success = execution.observation, execution.done
-        episode.steps += execution.steps
-        episode.executed = execution.steps
-        if recorder is not None:
-            recorder.extend(episode.trace, execution.frames, episode.decisions[-1].actions.values)
-
-
-def _decide(policy: Policy, arm: str, batch: list[_Episode]) -> None:
-    """One batched call of the policy; appends a decision to each episode.
-
-    Raises:
-        ValueError: the policy's answer has the wrong length, type or shape, or is not finite.
-    """
-    requests = [
-        Request(
-            episode.observation,
-            _generator(episode.simulator.task, episode.seed, episode.steps),
-            episode.decisions[-1] if episode.decisions else None,
-            episode.executed,
-        )
-        for episode in batch
-        if episode.observation is not None
-    ]
-    start = time.perf_counter()
-    decisions = policy.act(requests, split_arm(arm)[0])
-    milliseconds = 1e3 * (time.perf_counter() - start)
-    if len(decisions) != len(batch):
-        raise ValueError(f"arm {arm}: the policy gave {len(decisions)} decisions for {len(batch)} observations")
-    shape = (policy.horizon, policy.action_dim)
-    for episode, decision in zip(batch, decisions, strict=True):
-        where = f"arm {arm}, task {episode.simulator.task}, seed {episode.seed}, step {episode.steps}"
-        if not isinstance(decision.actions, RawActions) or decision.actions.values.shape != shape:
-            raise ValueError(f"{where}: the policy must answer with RawActions of shape {shape}")
-        if not np.isfinite(decision.actions.values).all():
-            raise ValueError(f"{where}: the policy's actions are not finite")
-        if decision.execute is not None and not 1 <= decision.execute <= policy.horizon:
-            raise ValueError(f"{where}: asks to execute {decision.execute} of {policy.horizon} actions")
-        episode.decisions.append(decision)
-        episode.milliseconds.append(milliseconds / len(batch))
-        episode.rows.append(len(batch))
-
-
-def _generator(task: str, seed: int, step: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{task}/{seed}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
