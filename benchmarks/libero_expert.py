@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vla_energy.data import libero_env as lb
-from vla_energy.data.libero_expert import SUITES, Expert, Style
+from vla_energy.data.libero_expert import SUITES, Expert, Style, tasks_with_expert
 from vla_energy.data.metaworld_env import SimulatorError
 
 _RANDOM_FROM = 900_000  # seeds of random placements: far above those that recordings use
@@ -76,7 +76,7 @@ def _measure_all(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default=SUITES[0], choices=SUITES)
-    parser.add_argument("--tasks", default="", help="comma-separated; all of the suite's if left out")
+    parser.add_argument("--tasks", default="", help="comma-separated; all of the suite's that have an expert if left out")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--placements", default="fixed", choices=("fixed", "random"))
     parser.add_argument("--styles", default="default", choices=("default", "drawn"))
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     try:
-        tasks = args.tasks.split(",") if args.tasks else lb.suite_tasks(args.suite)
+        tasks = args.tasks.split(",") if args.tasks else tasks_with_expert(args.suite)
         lb.check_tasks(tasks)
         fixed, drawn = args.placements == "fixed", args.styles == "drawn"
         rows = []

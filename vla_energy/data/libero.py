@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vla_energy.data import libero_env as lb
-from vla_energy.data.libero_expert import SUITES, Expert, Style
+from vla_energy.data.libero_expert import SUITES, Expert, Style, require_experts
 from vla_energy.data.recording import (
     ATTEMPTS_PER_EPISODE,
     VAL_SEED_OFFSET,
@@ -144,10 +144,10 @@ def _expert(world: lb.Libero, seed: int, styles: str) -> Expert:
 
 
 def choose_tasks(suite: str, tasks: list[str] | None) -> list[str]:
-    """The tasks to record, by default all of the suite.
+    """The tasks to record, by default all of the suite, which then all need an expert.
 
     Raises:
-        ValueError: a suite without experts, or tasks that are not in it.
+        ValueError: a suite without experts, tasks that are not in it, or tasks that have no expert.
         SimulatorError: LIBERO is not installed.
     """
     if suite not in SUITES:
@@ -155,7 +155,9 @@ def choose_tasks(suite: str, tasks: list[str] | None) -> list[str]:
     known = lb.suite_tasks(suite)
     if unknown := [task for task in tasks or () if task not in known]:
         raise ValueError(f"not in {suite}: {', '.join(unknown)}; its tasks: {', '.join(known)}")
-    return tasks or known
+    chosen = tasks or known
+    require_experts(suite, chosen)  # none is left out silently
+    return chosen
 
 
 def build(

@@ -262,6 +262,12 @@ class Libero:
         data = self._sim.data
         return np.array(data.get_site_xmat(name) if site else data.body_xmat[self._body(name)]).reshape(3, 3)
 
+    def travel(self, name: str) -> float:
+        """Privileged: how far a drawer (named by its region; out is negative, metres) or a knob (radians) has moved."""
+        parts = self._env.object_sites_dict
+        (joint,) = (parts[name] if name in parts else self._env.get_object(name)).joints
+        return float(self._sim.data.get_joint_qpos(joint))
+
     def outline(self, name: str) -> np.ndarray:
         """Privileged: points (n, 3) on the hull of an object's collision shapes, metres."""
         if name not in self._shapes:

@@ -1,0 +1,197 @@
+"""The scripted experts that pull a drawer, turn a knob or push a plate of LIBERO's, from privileged state."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vla_energy.data import libero_env as lb
+from vla_energy.data.libero_motion import DOWN, Style, about_z, along_cone, command
+
+_HANDLES = {"top": 0.184, "middle": 0.110, "bottom": 0.041}  # metres above the cabinet's origin
+_HANDLE_AHEAD = 0.1016  # metres from the cabinet's origin to the handle of a closed drawer
+_TILT = 1.35  # radians by which the hand is turned up from pointing down: its fingers pass above and below the handle
+_OPEN_BY = 0.15  # metres; the benchmark counts 0.14 as open
+_CLEAR = 0.09  # metres in front of a handle at which the hand may rise
+_KNOB = np.array([-0.008, 0.0, 0.034])  # metres from the stove's origin to where its knob's ridge is held
+_KNOB_LEAD = 0.5  # radians by which the turning hand is asked to be ahead of the knob
+_PLATE_BEHIND, _PLATE_CONTACT = 0.085, 0.058  # metres from a plate's middle to the hand that pushes it
+_PLATE_HEIGHT = 0.016  # metres from a plate's origin up to the hand
+_PLATE_ASTRAY = 0.03  # metres sideways at which the hand goes behind the plate again
+
+
+class _Stage:
+    """Calls the method of the present phase; starts with "reach".
+
+    Attributes:
+        phase: what it is at.
+    """
+
+    def __init__(self, world: lb.Libero, style: Style) -> None:
+        self._style = style
+        self.phase = "reach"
+        self._steps = 0
+
+    def done(self, world: lb.Libero) -> bool:
+        """Whether the next stage may begin."""
+        return False
+
+    def action(self, world: lb.Libero) -> np.ndarray:
+        """The action (7,) float32 for the present state, for `Libero.step_raw`."""
+        before = self.phase
+        action = getattr(self, f"_{self.phase}")(world)
+        self._steps = self._steps + 1 if self.phase == before else 0
+        return action
+
+
+class PullDrawer(_Stage):
+    """Takes a closed drawer by its handle, pulls it open, lets go and rises.
+
+    Args:
+        world: the world after its reset.
+        name: the drawer's region, such as `wooden_cabinet_1_top_region`.
+        style: how to do it.
+    """
+
+    def __init__(self, world: lb.Libero, name: str, style: Style) -> None:
+        super().__init__(world, style)
+        self._drawer = name
+        self._cabinet = next(fixture for fixture in world.furniture() if name.startswith(fixture))
+        self._height = next(height for level, height in _HANDLES.items() if f"_{level}_" in name)
+        axes = world.rotation(self._cabinet)
+        self._out = axes @ [0.0, -1.0, 0.0]
+        c, s = np.cos(_TILT), np.sin(_TILT)
+        tilt = np.array([[1.0, 0.0, 0.0], [0.0, c, s], [0.0, -s, c]])
+        self._rotation = axes @ about_z(np.pi) @ tilt @ DOWN
+
+    def done(self, world: lb.Libero) -> bool:
+        return self.phase == "leave" and world.hand()[2] > self._handle(world)[2] + 0.08
+
+    def _handle(self, world: lb.Libero) -> np.ndarray:
+        closed = world.rotation(self._cabinet) @ [-0.003, -_HANDLE_AHEAD, self._height]
+        return world.position(self._cabinet) + closed - self._out * world.travel(self._drawer)
+
+    def _command(self, world: lb.Libero, move: np.ndarray, closed: bool) -> np.ndarray:
+        return command(world, move, self._rotation, closed, self._style.speed, turn_max=0.6)
+
+    def _miss(self, world: lb.Libero) -> tuple[float, np.ndarray]:
+        """How far the hand is in front of the handle, and beside it (3,), metres."""
+        error = world.hand() - self._handle(world)
+        ahead = float(error @ self._out)
+        return ahead, error - ahead * self._out
+
+    def _reach(self, world: lb.Libero) -> np.ndarray:
+        ahead, side = self._miss(world)
+        turned = float(np.arccos(np.clip(self._rotation[:, 2] @ world.hand_rotation()[:, 2], -1.0, 1.0)))
+        beside = float(np.linalg.norm(side)) + 0.1 * max(0.0, turned - 0.15)
+        if beside < 0.012 and ahead < 0.008:
+            self.phase = "close"
+        wanted = min(0.12, 3.0 * max(0.0, beside - 0.008))
+        free = np.clip(1.0 - (wanted - ahead - 0.01) / 0.04, 0.0, 1.0)
+        return self._command(world, (wanted - ahead) * self._out - side * free, closed=False)
+
+    def _close(self, world: lb.Libero) -> np.ndarray:
+        ahead, side = self._miss(world)
+        if self._steps > 3 and world.opening() < 0.03:
+            self.phase = "pull"
+        return self._command(world, -side - ahead * self._out, closed=True)
+
+    def _pull(self, world: lb.Libero) -> np.ndarray:
+        ahead, side = self._miss(world)
+        if world.travel(self._drawer) < -_OPEN_BY:
+            self.phase = "leave"
+        elif np.hypot(ahead, np.linalg.norm(side)) > 0.05 or world.opening() < 0.004:
+            self.phase = "reach"
+        return self._command(world, 0.05 * self._out - side, closed=True)
+
+    def _leave(self, world: lb.Libero) -> np.ndarray:
+        ahead, _ = self._miss(world)
+        rise = 0.05 if ahead > _CLEAR else 0.0
+        return self._command(world, 0.03 * self._out + np.array([0.0, 0.0, rise]), closed=False)
+
+
+class TurnKnob(_Stage):
+    """Takes the stove's knob by its ridge and turns it on.
+
+    Args:
+        world: the world after its reset.
+        name: the stove.
+        style: how to do it.
+    """
+
+    def __init__(self, world: lb.Libero, name: str, style: Style) -> None:
+        super().__init__(world, style)
+        self._stove = name
+
+    def _yaw(self, world: lb.Libero) -> float:
+        x, y, _ = world.rotation(self._stove)[:, 0]
+        return float(np.arctan2(y, x)) + world.travel(self._stove)
+
+    def _grip(self, world: lb.Libero) -> np.ndarray:
+        return world.position(self._stove) + about_z(self._yaw(world)) @ _KNOB
+
+    def _command(self, world: lb.Libero, move: np.ndarray, closed: bool, lead: float = 0.0) -> np.ndarray:
+        rotation = about_z(self._yaw(world) + lead) @ DOWN
+        return command(world, move, rotation, closed, self._style.speed, turn_max=0.5)
+
+    def _reach(self, world: lb.Libero) -> np.ndarray:
+        hand, grip = world.hand(), self._grip(world)
+        if np.hypot(*(hand - grip)[:2]) < 0.012 and abs(hand[2] - grip[2]) < 0.01:
+            self.phase = "close"
+        way = along_cone(hand, grip, grip[2] + self._style.height, self._style.slope, 0.04, near=0.01)
+        return self._command(world, way, closed=False)
+
+    def _close(self, world: lb.Libero) -> np.ndarray:
+        if self._steps > 5 and world.opening() < 0.04:
+            self.phase = "turn"
+        return self._command(world, self._grip(world) - world.hand(), closed=True)
+
+    def _turn(self, world: lb.Libero) -> np.ndarray:
+        miss = self._grip(world) - world.hand()
+        if np.linalg.norm(miss) > 0.04 or world.opening() < 0.004:
+            self.phase = "reach"
+        return self._command(world, miss, closed=True, lead=_KNOB_LEAD)
+
+
+class PushPlate(_Stage):
+    """Pushes a plate over the table, both fingers behind it.
+
+    Args:
+        world: the world after its reset.
+        name: the plate.
+        goal: the region it goes to.
+        style: how to do it.
+    """
+
+    def __init__(self, world: lb.Libero, name: str, goal: str, style: Style) -> None:
+        super().__init__(world, style)
+        self._plate, self._goal = name, goal
+        x, y = self._way(world)[:2]
+        self._rotation = about_z(float(np.arctan2(-x, y)) + np.pi / 2) @ DOWN
+
+    def _way(self, world: lb.Libero) -> np.ndarray:
+        """Unit vector (3,) over the table from the plate to its goal."""
+        way = (world.position(self._goal) - world.position(self._plate)) * [1.0, 1.0, 0.0]
+        return way / max(float(np.linalg.norm(way)), 1e-9)
+
+    def _behind(self, world: lb.Libero, distance: float) -> np.ndarray:
+        place = world.position(self._plate) - distance * self._way(world)
+        return place + np.array([0.0, 0.0, _PLATE_HEIGHT])
+
+    def _command(self, world: lb.Libero, move: np.ndarray) -> np.ndarray:
+        return command(world, move, self._rotation, False, self._style.speed)
+
+    def _reach(self, world: lb.Libero) -> np.ndarray:
+        hand, start = world.hand(), self._behind(world, _PLATE_BEHIND)
+        if np.hypot(*(hand - start)[:2]) < 0.012 and abs(hand[2] - start[2]) < 0.01:
+            self.phase = "push"
+        return self._command(
+            world, along_cone(hand, start, start[2] + self._style.height, self._style.slope, 0.04, near=0.01)
+        )
+
+    def _push(self, world: lb.Libero) -> np.ndarray:
+        way, miss = self._way(world), self._behind(world, _PLATE_CONTACT) - world.hand()
+        along = float(miss @ way)
+        side = miss - along * way
+        if np.hypot(*side[:2]) > _PLATE_ASTRAY:
+            self.phase = "reach"
+        return self._command(world, side + (along + 0.03) * way)
