@@ -12,11 +12,12 @@ _HANDLE_AHEAD = 0.1016  # metres from the cabinet's origin to the handle of a cl
 _TILT = 1.35  # radians by which the hand is turned up from pointing down: its fingers pass above and below the handle
 _OPEN_BY = 0.15  # metres; the benchmark counts 0.14 as open
 _CLEAR = 0.09  # metres in front of a handle at which the hand may rise
+_RISE = 0.11  # metres above a handle at which the hand is free to go elsewhere
 _KNOB = np.array([-0.008, 0.0, 0.034])  # metres from the stove's origin to where its knob's ridge is held
 _KNOB_LEAD = 0.5  # radians by which the turning hand is asked to be ahead of the knob
-_PLATE_BEHIND, _PLATE_CONTACT = 0.085, 0.058  # metres from a plate's middle to the hand that pushes it
-_PLATE_HEIGHT = 0.016  # metres from a plate's origin up to the hand
-_PLATE_ASTRAY = 0.03  # metres sideways at which the hand goes behind the plate again
+_PLATE_AHEAD, _PLATE_HEIGHT = 0.03, 0.018  # metres from a plate's middle to the fingers: towards the goal, and up
+_PLATE_PRESS = 0.01  # metres below that at which the pushing hand aims, or it would slide over the rim
+_PLATE_LOST = 0.065  # metres from a plate's middle at which the fingers are no longer in it
 
 
 class _Stage:
@@ -64,7 +65,7 @@ class PullDrawer(_Stage):
         self._rotation = axes @ about_z(np.pi) @ tilt @ DOWN
 
     def done(self, world: lb.Libero) -> bool:
-        return self.phase == "leave" and world.hand()[2] > self._handle(world)[2] + 0.08
+        return self.phase == "leave" and world.hand()[2] > self._handle(world)[2] + _RISE
 
     def _handle(self, world: lb.Libero) -> np.ndarray:
         closed = world.rotation(self._cabinet) @ [-0.003, -_HANDLE_AHEAD, self._height]
@@ -105,8 +106,11 @@ class PullDrawer(_Stage):
 
     def _leave(self, world: lb.Libero) -> np.ndarray:
         ahead, _ = self._miss(world)
-        rise = 0.05 if ahead > _CLEAR else 0.0
-        return self._command(world, 0.03 * self._out + np.array([0.0, 0.0, rise]), closed=False)
+        if ahead < _CLEAR:
+            return self._command(world, 0.04 * self._out, closed=False)
+        # Up and towards the robot, away from the open drawer, with the hand pointing down again.
+        move = np.array([-0.04, 0.0, 0.05])
+        return command(world, move, DOWN, False, self._style.speed, turn_max=0.6)
 
 
 class TurnKnob(_Stage):
@@ -153,7 +157,7 @@ class TurnKnob(_Stage):
 
 
 class PushPlate(_Stage):
-    """Pushes a plate over the table, both fingers behind it.
+    """Pushes a plate over the table with closed fingers inside it: behind it there is no room for a hand.
 
     Args:
         world: the world after its reset.
@@ -165,33 +169,29 @@ class PushPlate(_Stage):
     def __init__(self, world: lb.Libero, name: str, goal: str, style: Style) -> None:
         super().__init__(world, style)
         self._plate, self._goal = name, goal
-        x, y = self._way(world)[:2]
-        self._rotation = about_z(float(np.arctan2(-x, y)) + np.pi / 2) @ DOWN
 
     def _way(self, world: lb.Libero) -> np.ndarray:
-        """Unit vector (3,) over the table from the plate to its goal."""
-        way = (world.position(self._goal) - world.position(self._plate)) * [1.0, 1.0, 0.0]
-        return way / max(float(np.linalg.norm(way)), 1e-9)
+        """From the plate to its goal (3,), over the table, metres."""
+        return (world.position(self._goal) - world.position(self._plate)) * [1.0, 1.0, 0.0]
 
-    def _behind(self, world: lb.Libero, distance: float) -> np.ndarray:
-        place = world.position(self._plate) - distance * self._way(world)
-        return place + np.array([0.0, 0.0, _PLATE_HEIGHT])
+    def _inside(self, world: lb.Libero) -> np.ndarray:
+        way = self._way(world)
+        ahead = way * _PLATE_AHEAD / max(float(np.linalg.norm(way)), 1e-9)
+        return world.position(self._plate) + ahead + np.array([0.0, 0.0, _PLATE_HEIGHT])
 
     def _command(self, world: lb.Libero, move: np.ndarray) -> np.ndarray:
-        return command(world, move, self._rotation, False, self._style.speed)
+        return command(world, move, about_z(self._style.yaw) @ DOWN, True, self._style.speed)
 
     def _reach(self, world: lb.Libero) -> np.ndarray:
-        hand, start = world.hand(), self._behind(world, _PLATE_BEHIND)
-        if np.hypot(*(hand - start)[:2]) < 0.012 and abs(hand[2] - start[2]) < 0.01:
+        hand, inside = world.hand(), self._inside(world)
+        if np.hypot(*(hand - inside)[:2]) < 0.02 and abs(hand[2] - inside[2]) < 0.01:
             self.phase = "push"
-        return self._command(
-            world, along_cone(hand, start, start[2] + self._style.height, self._style.slope, 0.04, near=0.01)
-        )
+        way = along_cone(hand, inside, inside[2] + self._style.height, self._style.slope, 0.04, near=0.01)
+        return self._command(world, way)
 
     def _push(self, world: lb.Libero) -> np.ndarray:
-        way, miss = self._way(world), self._behind(world, _PLATE_CONTACT) - world.hand()
-        along = float(miss @ way)
-        side = miss - along * way
-        if np.hypot(*side[:2]) > _PLATE_ASTRAY:
+        way, miss = self._way(world), self._inside(world) - world.hand()
+        if np.hypot(*(world.hand() - world.position(self._plate))[:2]) > _PLATE_LOST or miss[2] < -0.03:
             self.phase = "reach"
-        return self._command(world, side + (along + 0.03) * way)
+        ahead = way * min(1.0, 0.04 / max(float(np.linalg.norm(way)), 1e-9))
+        return self._command(world, miss + ahead - np.array([0.0, 0.0, _PLATE_PRESS]))
