@@ -76,7 +76,7 @@ def _measure_all(jobs: list[Job], workers: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", default=SUITES[0], choices=SUITES)
-    parser.add_argument("--tasks", default="", help="comma-separated; all of the suite's that have an expert if left out")
+    parser.add_argument("--tasks", default="", help="comma-separated; by default all that have an expert")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--placements", default="fixed", choices=("fixed", "random"))
     parser.add_argument("--styles", default="default", choices=("default", "drawn"))

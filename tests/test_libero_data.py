@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rollout_libero import TASK, libero_simulator  # noqa: F401
 
-from vla_energy.data import RldsDataset, libero, recording
+from vla_energy.data import RldsDataset, libero, libero_expert, recording
+from vla_energy.data import libero_env as lb
 
 SIZE = 16
 NAME = "libero_spatial_no_noops"
@@ -185,6 +186,59 @@ def test_bad_settings_are_refused_before_recording(tmp_path: Path, changes: dict
 def test_a_task_of_another_suite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"not in libero_object: {TASK}; its tasks: pick_up_the_alphabet"):
         libero.build(str(tmp_path), "libero_object", 1, 0, tasks=[TASK])
+
+
+@pytest.fixture
+def half_a_suite(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Tasks of a Goal suite whose second task has no expert."""
+    tasks = ["open_a", "open_b", "open_c"]
+    monkeypatch.setattr(lb, "suite_tasks", lambda _: tasks)
+    monkeypatch.setattr(lb, "suite_of", lambda _: "libero_goal")
+    monkeypatch.setattr(libero_expert, "_SINGLE_TASKS", {"libero_goal": ("open_c", "open_a")})
+    return tasks
+
+
+def test_a_partly_covered_suite_loses_no_task_silently(half_a_suite: list[str]) -> None:
+    assert libero_expert.tasks_with_expert("libero_goal") == ["open_a", "open_c"]
+    assert [libero_expert.has_expert(task) for task in half_a_suite] == [True, False, True]
+    refusal = "no expert for open_b of libero_goal; give the rest as --tasks: open_a,open_c"
+    for tasks in (None, ["open_b"], half_a_suite):
+        with pytest.raises(ValueError, match=refusal):
+            libero.choose_tasks("libero_goal", tasks)
+    assert libero.choose_tasks("libero_goal", ["open_c"]) == ["open_c"]
+    libero_expert.require_experts("libero_spatial", half_a_suite)
+    with pytest.raises(ValueError, match="of libero_10; suites that have: libero_spatial, libero_object, libero_goal"):
+        libero_expert.require_experts("libero_10", ["open_a"])
+
+
+def _solve(task: str) -> tuple[list[str], int, int]:
+    """Phases of an expert's first fixed state, its steps, and those that do nothing."""
+    world = lb.Libero(task)
+    world.reset(lb.FIXED_STATES_FROM)
+    expert, phases, actions = libero_expert.Expert(world), [], []
+    for _ in range(lb.MAX_STEPS["libero_goal"]):
+        actions.append(expert.action(world))
+        phases.append(expert.phase)
+        if world.step_raw(actions[-1]):
+            return list(dict.fromkeys(phases)), len(actions), sum(libero.is_noop(action, None) for action in actions)
+    return phases, len(actions), -1
+
+
+@pytest.mark.usefixtures("libero_simulator")
+@pytest.mark.parametrize(
+    "task, last", [("open_the_middle_drawer_of_the_cabinet", "pull"), ("turn_on_the_stove", "turn")]
+)
+def test_experts_of_what_opens_and_turns(task: str, last: str) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        phases, steps, still = pool.apply(_solve, (task,))
+    assert phases == ["reach", "close", last] and steps < 120 and still == 0
+
+
+@pytest.mark.usefixtures("libero_simulator")
+def test_which_tasks_have_an_expert() -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        counts = [len(pool.apply(libero_expert.tasks_with_expert, (suite,))) for suite in lb.SUITES]
+    assert counts == [10, 10, 10, 0]
 
 
 def _recorded(wanted: libero.LiberoRecording) -> Iterator[recording.Episode]:

@@ -78,10 +78,10 @@ def command(
 
 
 def along_cone(here: np.ndarray, goal: np.ndarray, top: float, slope: float, low: float, near: float) -> np.ndarray:
-    """Displacement (3,) of what is at `here` towards the goal.
+    """Displacement (3,) of what is at `here` towards the goal, metres.
 
-    Heads for the height of a cone that stands on the goal (within `near` metres of it: for the goal itself) and ends
-    at `top`; sideways the less, the further it is below that.
+    Heads for the height of a cone of this slope that stands on the goal (within `near` metres of it: for the goal
+    itself) and ends at `top`; sideways the less, the further it is below that, and not at all `low` metres below.
     """
     side = goal[:2] - here[:2]
     beyond = max(0.0, float(np.hypot(*side)) - near)
@@ -91,5 +91,12 @@ def along_cone(here: np.ndarray, goal: np.ndarray, top: float, slope: float, low
 
 
 def about_z(angle: float) -> np.ndarray:
+    """Rotation (3, 3) about the vertical, radians."""
     c, s = np.cos(angle), np.sin(angle)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
+
+
+def tilted(angle: float) -> np.ndarray:
+    """Rotation (3, 3) that turns a hand pointing down towards -y, radians."""
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[1.0, 0.0, 0.0], [0.0, c, s], [0.0, -s, c]])

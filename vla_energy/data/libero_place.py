@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vla_energy.data import libero_env as lb
-from vla_energy.data.libero_motion import DOWN, Style, about_z, along_cone, command
+from vla_energy.data.libero_motion import DOWN, Style, about_z, along_cone, command, tilted
 
 _OPEN = 0.05  # metres between the fingers above which they count as open: they still open while the hand comes down
 _GRIPPING = 0.0015  # below this there is nothing between them
@@ -21,6 +21,7 @@ _LOST = 0.08  # metres from the grasp at which the object is not held
 _BOWL_RIM, _BOWL_WALL = 0.047, 0.025  # metres: radius of a bowl's wall, and height of the hand above its origin
 _BOWL_FINGERS = 0.03  # metres between fingers on a bowl's wall at most
 _ON_RACK = np.array([-0.06, 0.0, 0.04])  # metres from the middle of a rack's region, in the region's axes
+_BESIDE_DRAWER, _LEAN = 0.5, 0.55  # turn and tilt of a hand that takes a bowl from under an open drawer, radians
 _DEPTH = 0.035  # metres below the top of a tall object at which it is grasped
 _FINGERTIP = 0.012  # metres of finger below the hand's position
 
@@ -37,6 +38,7 @@ class _Plan:
         top: height of the object's origin while it is carried, metres.
         low: height by which the hand may lag behind its cone and still move sideways, metres.
         target: of the object's origin from the goal's position (3,), metres.
+        tilt: by which the hand leans out over the rim that it holds, radians.
     """
 
     yaw: float
@@ -47,6 +49,7 @@ class _Plan:
     top: float
     low: float
     target: np.ndarray
+    tilt: float = 0.0
 
 
 class PickAndPlace:
@@ -78,7 +81,7 @@ class PickAndPlace:
         """The action (7,) float32 for the present state, for `Libero.step_raw`."""
         self._switch(world)
         move = getattr(self, f"_{self.phase}")(world)
-        rotation = about_z(self._plan.yaw) @ DOWN
+        rotation = about_z(self._plan.yaw) @ tilted(self._plan.tilt) @ DOWN
         return command(world, move, rotation, self.phase in ("close", "carry"), self._style.speed)
 
     def _switch(self, world: lb.Libero) -> None:
@@ -126,7 +129,9 @@ class PickAndPlace:
         return self._grasp(world) - world.hand()
 
     def _carry(self, world: lb.Libero) -> np.ndarray:
-        return along_cone(world.position(self._object), self._target(world), self._plan.top, self._plan.over, self._plan.low, 0.02)
+        return along_cone(
+            world.position(self._object), self._target(world), self._plan.top, self._plan.over, self._plan.low, 0.02
+        )
 
     def _leave(self, world: lb.Libero) -> np.ndarray:
         return np.array([0.0, 0.0, lb.MOVE_METRES])
@@ -146,9 +151,13 @@ def _plan(world: lb.Libero, name: str, goal: str, style: Style) -> _Plan:
         yaw, side, rim, slope = float(np.arctan2(-x, y)) + 0.3 * style.yaw, 1, 0.042, 4.0
     else:
         yaw, side, rim, slope = style.yaw, style.side, _BOWL_RIM, style.slope
+    tilt = 0.0
+    if "cabinet" in goal and goal.endswith("_region"):
+        # The drawer stands open beside and above the bowl: the hand comes from the side away from it, and leans away.
+        yaw, side, tilt = _BESIDE_DRAWER + 0.3 * style.yaw, 1, _LEAN
     offset = about_z(yaw) @ [0.0, side * rim, _BOWL_WALL + (0.005 if drawer else 0.0)]
     top = max(goal_z + style.lift, start[2] + (0.09 if drawer else 0.06))
-    return _Plan(yaw, offset, _BOWL_FINGERS, slope, style.slope, top, 0.015 if drawer else 0.04, np.zeros(3))
+    return _Plan(yaw, offset, _BOWL_FINGERS, slope, style.slope, top, 0.015 if drawer else 0.04, np.zeros(3), tilt)
 
 
 def _plan_by_outline(world: lb.Libero, name: str, goal: str, style: Style) -> _Plan:
