@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout_libero import TASK, libero_simulator  # noqa: F401
 
@@ -133,6 +133,7 @@ _ACTIONS = st.tuples(st.sampled_from([0.0, 1e-6, 0.5]), st.sampled_from([-1.0, 1
 )
 
 
+@settings(deadline=None)
 @given(st.lists(_ACTIONS, min_size=1, max_size=12))
 def test_no_op_steps_are_executed_but_not_recorded(actions: list[np.ndarray]) -> None:
     script: Any = _Script(actions)
