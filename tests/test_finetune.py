@@ -16,14 +16,18 @@ from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError
 from vla_energy.backbones import CheckpointFolderError, load_openvla
+from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.backbones.tiny import write_random_start
 from vla_energy.checkpoint import CheckpointError, load_head
+from vla_energy.cli import main
 from vla_energy.config import EnergyConfig, LayerExitsConfig, LossConfig, MonitorConfig, TemperatureConfig
 from vla_energy.data import DatasetError
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.evaluate import calibrated_gate
+from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.trainer import Trainer, rate_factor
+from vla_energy.memory import ChunkMemory
 from vla_energy.monitors import RankingReport
 from vla_energy.rerank import MARGIN_KEY, Reranker
 from vla_energy.rollout.interface import Request
@@ -347,3 +351,45 @@ def test_another_robot_needs_a_new_head(tmp_path: Path) -> None:
         Trainer(_config(folder, tmp_path, use_proprio=False))
     vla = Trainer(_config(folder, tmp_path, new_action_head=True)).job.vla
     assert vla.action_dim == 4 and vla.proprio_projector is not None
+
+
+def test_the_head_learns_from_retrieved_chunks_and_its_checkpoint_takes_the_memory_along(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    policy = checkpoints.folder_of(_run(_config(tiny_folder, tmp_path / "policy", lora_dropout=0.1)).config, 2)
+    energy = EnergyConfig(freeze_backbone=True)
+    energy.negatives.retrieved.count = 3
+    config = _config(policy, tmp_path / "head", energy=energy)
+    with pytest.raises(FlagError, match="has no memory: run vla-energy memory"):
+        Trainer(config)
+    data = ["--data-root-dir", str(EMBEDDED_DATA), "--dataset-name", "metaworld_demo"]
+    assert main(["memory", "--checkpoint", str(policy), *data, "--max-frames", "300"]) == 0
+    trainer = _run(config)
+    assert trainer.memory is not None and len(trainer.memory) == 300
+    folder = checkpoints.folder_of(config, 2)
+    assert len(ChunkMemory.load(folder)) == 300
+    assert load_policy(str(folder)).arms >= {"retrieve", "rerank+retrieve"}
+    raw = next(trainer.job.train.batches(4))
+    with torch.no_grad():
+        output = trainer.job.vla(trainer.job.to_batch(raw))
+    found = trainer._retrieve(output, raw["episode"])
+    expected = trainer.memory.nearest(
+        output.context, output.context_mask, output.actions, 3, torch.tensor(raw["episode"])
+    )
+    assert found is not None and torch.equal(found, expected.chunks)
+    assert not (expected.episodes == torch.tensor(raw["episode"])[:, None]).any()
+    trains = dataclasses.replace(energy, freeze_backbone=False)
+    with pytest.raises(FlagError, match="freeze_backbone True"):
+        Trainer(_config(policy, tmp_path / "both", energy=trains))
+
+
+def test_a_finished_policy_keeps_its_own_statistics(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_folder, folder)
+    entry = json.loads((TINY / "dataset_statistics.json").read_text())
+    (folder / "dataset_statistics.json").write_text(json.dumps(entry))
+    frozen = Trainer(_config(folder, tmp_path / "head", energy=EnergyConfig(freeze_backbone=True)))
+    trained = Trainer(_config(folder, tmp_path / "both"))
+    own = DatasetStatistics.from_dict(next(iter(entry.values())))
+    assert np.array_equal(frozen.job.statistics.action.mean, own.action.mean)
+    assert not np.array_equal(trained.job.statistics.action.mean, own.action.mean)

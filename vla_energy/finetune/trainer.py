@@ -197,7 +197,7 @@ class Trainer:
         count = self.config.energy.negatives.retrieved.count
         if self.memory is None or not count:
             return None
-        exclude = torch.as_tensor(episodes)
+        exclude = torch.tensor(episodes)
         return self.memory.nearest(output.context, output.context_mask, output.actions, count, exclude).chunks
 
     def _step_policy(self) -> None:
