@@ -15,18 +15,19 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.finetune.setup import EMBEDDED_DATA
-from vla_energy.rollout.run import run_rollouts
+from vla_energy.rollout.run import Settings, run_rollouts
 from vla_energy.rollout.statistics import paired_difference
-from vla_energy.rollout.summary import write_json
+from vla_energy.rollout.summary import summarize, write_json
 
 ARMS = ("policy", "policy@2", "policy@8", "retrieve", "rerank", "rerank+retrieve", "refine", "replan")
-SAME = 0.0
-"""A verdict "use" is wrong where the measured difference is below this, a verdict "off" where its interval is above."""
 
 
 def study(checkpoint: Path, tasks: list[str], episodes: int, arms: list[str], out: Path, **options: Any) -> dict:
@@ -67,7 +68,8 @@ def _run(*arguments: str) -> None:
 def arm_table(results: list[dict[str, Any]]) -> str:
     """Markdown: each arm over all tasks of some studies, paired with the policy and with plain retrieval."""
     episodes = [episode for result in results for episode in result["episodes"]]
-    arms = list(dict.fromkeys(episode["arm"] for episode in episodes))
+    arms = [arm for arm in ARMS if any(episode["arm"] == arm for episode in episodes)]
+    arms += sorted({episode["arm"] for episode in episodes} - set(arms))
     lines = ["| arm | success | against policy | against retrieve | forwards an episode | ms a decision |"]
     lines.append("|---|---|---|---|---|---|")
     for arm in arms:
@@ -94,10 +96,11 @@ def task_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tuple[str, str, float, bool]]:
+def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tuple[str, str, float, bool, bool]]:
     """Task, verdict, measured difference of the mode it names (else `rerank+retrieve`), and whether they agree.
 
-    "Use" agrees where the mode's success is not below the policy's; "off" where the mode's is not surely above.
+    First surely: "use" is refuted where the mode's interval is below 0, "off" where it is above. Then strictly: "use"
+    asks for a difference above 0 (or 100 percent for both), "off" for one of 0 or less.
     """
     rows = []
     for task, summary in result["tasks"].items():
@@ -109,8 +112,10 @@ def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tupl
         if found is None:
             continue
         used = verdict["use"] != "off"
-        right = found["difference"] >= SAME if used else found["interval"][0] <= 0
-        rows.append((task, verdict["use"], found["difference"], right))
+        change, (low, high) = found["difference"], found["interval"]
+        full = min(arm["success"] for name, arm in summary["arms"].items() if name in ("policy", mode)) == 1
+        surely = high >= 0 if used else low <= 0
+        rows.append((task, verdict["use"], change, surely, change > 0 or full if used else change <= 0))
     return rows
 
 
@@ -124,7 +129,7 @@ def _against(episodes: list[dict[str, Any]], arm: str, other: str) -> str:
         mine, theirs = strata.setdefault(key[:2], ([], []))
         mine.append(found[arm][key])
         theirs.append(found[other][key])
-    difference = paired_difference(list(strata.values()))
+    difference = paired_difference([(np.array(mine), np.array(theirs)) for mine, theirs in strata.values()])
     low, high = (100 * bound for bound in difference.interval)
     return f"{100 * difference.difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
@@ -132,6 +137,37 @@ def _against(episodes: list[dict[str, Any]], arm: str, other: str) -> str:
 def _mean(values: Any) -> float:
     values = list(values)
     return sum(values) / max(1, len(values))
+
+
+def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Runs of one checkpoint with different arms on the same tasks and seeds, as one.
+
+    Raises:
+        ValueError: they are not of the same tasks, seeds and settings, or an arm comes twice.
+    """
+    first = results[0]
+    settings = Settings(**first["settings"])
+    for other in results[1:]:
+        if replace(Settings(**other["settings"]), arms=settings.arms) != settings:
+            raise ValueError("only runs that differ in nothing but their arms can be merged")
+        settings = replace(settings, arms=[*settings.arms, *other["settings"]["arms"]])
+    settings.validate()
+    order = {arm: index for index, arm in enumerate(settings.arms)}
+    records = [record for result in results for record in result["episodes"]]
+    records.sort(key=lambda record: (settings.tasks.index(record["task"]), record["seed"], order[record["arm"]]))
+    merged = summarize(records, settings, first["meta"], complete=True)
+    judged = [result["preflight"] for result in results if "preflight" in result]
+    return merged | ({"preflight": judged[-1]} if judged else {})
+
+
+def _by_checkpoint(paths: list[Path]) -> list[dict[str, Any]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for path in paths:
+        result = json.loads(path.read_text())
+        if not result["complete"]:
+            sys.exit(f"error: {path} is of a run that did not end")
+        groups.setdefault(json.dumps(result["meta"]["checkpoint"], sort_keys=True), []).append(result)
+    return [merge(group) for group in groups.values()]
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -146,9 +182,9 @@ def report(results: list[dict[str, Any]]) -> str:
         parts += [f"\n## {name}: {result['settings']['episodes']} episodes a task", task_table(result)]
         if "preflight" in result:
             pairs = agreement(result, {task: instruction(task) for task in result["tasks"]})
-            right = sum(row[3] for row in pairs)
-            parts.append(f"\nThe verdict agrees with the outcome on {right} of {len(pairs)} tasks:")
-            parts += [f"- {task}: {use}, measured {100 * change:+.0f}" for task, use, change, _ in pairs]
+            right, strict = sum(row[3] for row in pairs), sum(row[4] for row in pairs)
+            parts.append(f"\nThe verdict is not refuted on {right} of {len(pairs)} tasks, strictly right on {strict}:")
+            parts += [f"- {task}: {use}, measured {100 * change:+.0f}" for task, use, change, *_ in pairs]
     return "\n".join(["## All", arm_table(results), *parts])
 
 
@@ -168,7 +204,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, nargs="+", help="only print the tables of earlier results")
     args = parser.parse_args()
     if args.report:
-        print(report([json.loads(path.read_text()) for path in args.report]))
+        print(report(_by_checkpoint(args.report)))
         return
     if args.quick:
         result, out = quick(args.out), args.out / "rollout.json"

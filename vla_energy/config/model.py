@@ -127,7 +127,7 @@ class RetrievalConfig:
     """
 
     count: int = 8
-    weight: float = 2.0
+    weight: float = 1.0
     reach: float = 4.0
 
     def __post_init__(self) -> None:

@@ -160,7 +160,9 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
         if not rows.any():
             continue
         found = {mode: effect(measured, record, gates[mode], rows) for mode, record in measured.modes.items()}
-        helps = use != "off" and found[use].interval[1] < 0
+        # A task has few episodes, so its interval decides nothing: the mode is sure overall, the task must not speak
+        # against it.
+        helps = use != "off" and found[use].change <= -WORTH
         table[task] = {"use": use if helps else "off", "effects": {mode: asdict(part) for mode, part in found.items()}}
     return table
 
