@@ -60,6 +60,8 @@ class FrameReader:
         vla: the policy, in eval mode.
         statistics: in which actions are normalised.
         device: of the policy.
+        num_images: cameras it looks through.
+        proprio_dim: P, 0 without.
 
     Raises:
         DatasetError, CheckpointFolderError, FlagError: what is wrong with either, or that they do not fit.
@@ -88,6 +90,10 @@ class FrameReader:
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
         self.device = self._job.device
+        self.num_images, self.proprio_dim = (
+            config.num_images_in_input,
+            self._job.train.proprio_dim if config.use_proprio else 0,
+        )
         self.statistics = policy_statistics(self.vla, dataset, statistics_of)
 
     def read(self, split: str, max_frames: int | None = None, batch_size: int = 32) -> Iterator[PolicyFrames]:
