@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from vla_energy import cli
 from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError, load_statistics
 from vla_energy.backbones.tiny import EMBEDDED
 from vla_energy.checkpoint import save_head
-from vla_energy.config import EnergyConfig, HeadConfig, RetrievalConfig
+from vla_energy.config import CandidatesConfig, EnergyConfig, HeadConfig, RetrievalConfig
 from vla_energy.data import DatasetError, RldsDataset
 from vla_energy.finetune.frames import FrameReader, PolicyFrames
 from vla_energy.finetune.setup import EMBEDDED_DATA
@@ -312,3 +313,27 @@ def test_replanning_remembers_its_plan_between_decisions(policy: CheckpointPolic
         assert new.accepted == kept and new.execute == (4 if kept else 2)
         rest = old.actions.values[2:] if kept else old.actions.values[: H - 2]
         np.testing.assert_array_equal(new.actions.values[: H - 2], rest)
+
+
+def test_the_rest_of_the_chunk_under_way_is_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _copy(tmp_path / "policy")
+    config = EnergyConfig(candidates=CandidatesConfig(num_candidates=0, layer_exits=False, overlap=True))
+    policy = load_policy(str(folder))
+    head = EnergyHead(policy._vla.context_dim, policy.action_dim, policy.horizon, config)
+    save_head(folder, head, 0, policy._statistics, {"rerank_margin": 0.0})
+    policy = load_policy(str(folder))
+    seen = {}
+    propose = policy._advisor.propose
+
+    def spy(mode, frame, generators, others=None):
+        seen.update(others or {})
+        return propose(mode, frame, generators, others)
+
+    monkeypatch.setattr(policy._advisor, "propose", spy)
+    observation = Observation(np.zeros((1, 64, 64, 3), np.uint8), np.zeros(4, np.float32), "push")
+    (first,) = policy.act([Request(observation, torch.Generator())], "rerank")
+    fresh = seen["overlap"].chunks[0, 0].clone()
+    previous = torch.arange(32.0).reshape(8, 4) / 32
+    before = dataclasses.replace(first, memo=previous)
+    policy.act([Request(observation, torch.Generator(), before, 3)], "rerank")
+    assert torch.equal(seen["overlap"].chunks[0, 0], torch.cat([previous[3:], fresh[5:]]))

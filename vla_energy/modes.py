@@ -91,9 +91,15 @@ class Advisor:
         memory = () if self.memory is None else MEMORY_MODES
         return head + memory + ((BOTH,) if head and memory else ())
 
-    def decide(self, mode: str, frame: Frame, generators: Sequence[torch.Generator]) -> tuple[Proposal, Tensor]:
+    def decide(
+        self,
+        mode: str,
+        frame: Frame,
+        generators: Sequence[torch.Generator],
+        others: Mapping[str, Source] | None = None,
+    ) -> tuple[Proposal, Tensor]:
         """The proposal and, `(B,)` bool, where the gate takes it; see `propose` for the rest."""
-        proposal = self.propose(mode, frame, generators)
+        proposal = self.propose(mode, frame, generators, others)
         return proposal, proposal.gain > self.gates[mode]
 
     def propose(

@@ -103,13 +103,16 @@ class CandidatesConfig:
         num_candidates: noisy copies of the policy's chunk, spread over `noise_stds`.
         noise_stds: standard deviations in normalised action units.
         layer_exits: add the chunks decoded from inner layers.
+        overlap: add the rest of the chunk under way, filled up with the end of the policy's new one (in rollouts).
     """
 
     num_candidates: int = 16
     noise_stds: tuple[float, ...] = (0.02, 0.05, 0.1)
     layer_exits: bool = True
+    overlap: bool = False
 
     def __post_init__(self) -> None:
+        checks.flag("candidates.overlap", self.overlap)
         checks.count("candidates.num_candidates", self.num_candidates)
         checks.stds("candidates.noise_stds", self.noise_stds, self.num_candidates)
         checks.flag("candidates.layer_exits", self.layer_exits)

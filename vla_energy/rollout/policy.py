@@ -14,6 +14,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics, select_statistics
 from vla_energy.backbones import load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
 from vla_energy.data.augment import center_crop
 from vla_energy.gates import load_advisor
@@ -89,13 +90,22 @@ class CheckpointPolicy:
         frame = Frame(output.context, output.context_mask, output.actions, output.layer_actions)
         if arm == "replan":
             return self._replan(frame, requests)
-        proposal, accepted = self._advisor.decide(arm, frame, [request.generator for request in requests])
+        generators = [request.generator for request in requests]
+        proposal, accepted = self._advisor.decide(arm, frame, generators, self._others(arm, frame, requests))
         chunks = torch.where(accepted[:, None, None], proposal.actions, output.actions)
         numbers = {"energy_gain": proposal.gain, "key_distance": proposal.nearest}
         return [
-            Decision(self._statistics.unnormalize(chunk), bool(taken), _finite(numbers, row))
+            Decision(self._statistics.unnormalize(chunk), bool(taken), _finite(numbers, row), memo=chunk)
             for row, (chunk, taken) in enumerate(zip(chunks, accepted, strict=True))
         ]
+
+    def _others(self, arm: str, frame: Frame, requests: Sequence[Request]) -> dict[str, Source]:
+        """Candidates that need the episode's past."""
+        if not arm.startswith("rerank") or not self._head_config().candidates.overlap:
+            return {}
+        under_way = [None if request.previous is None else request.previous.memo for request in requests]
+        rest = overlap(frame.policy, under_way, [request.executed for request in requests])
+        return {"overlap": Source(rest[:, None])}
 
     def _replan(self, frame: Frame, requests: Sequence[Request]) -> list[Decision]:
         assert self._advisor.reranker is not None
