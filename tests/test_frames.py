@@ -337,3 +337,25 @@ def test_the_rest_of_the_chunk_under_way_is_a_candidate(tmp_path: Path, monkeypa
     before = dataclasses.replace(first, memo=previous)
     policy.act([Request(observation, torch.Generator(), before, 3)], "rerank")
     assert torch.equal(seen["overlap"].chunks[0, 0], torch.cat([previous[3:], fresh[5:]]))
+
+
+def test_the_recommended_arm_goes_by_the_instruction(tmp_path: Path) -> None:
+    folder = _copy(tmp_path / "policy")
+    assert _memory(folder, "--max-frames", "200") == 0
+    assert "recommended" not in load_policy(str(folder)).arms
+    save_gates(folder, {}, {"push": "retrieve"})
+    policy = load_policy(str(folder))
+    assert "recommended" in policy.arms and policy.metadata["recommended"] == {"push": "retrieve"}
+    image = np.random.default_rng(0).integers(0, 255, (1, 64, 64, 3), np.uint8)
+    requests = [
+        Request(Observation(image, np.zeros(4, np.float32), name), torch.Generator())
+        for name in ("pull", "push", "pull")
+    ]
+    mixed = policy.act(requests, "recommended")
+    assert [decision.accepted for decision in mixed] == [False, True, False]
+    for arm, row in (("policy", 0), ("retrieve", 1), ("policy", 2)):
+        (alone,) = policy.act([requests[row]], arm)
+        np.testing.assert_allclose(mixed[row].actions.values, alone.actions.values, atol=1e-5)
+    save_gates(folder, {}, {"push": "refine"})
+    with pytest.raises(ValueError, match=r"recommended are refine, the checkpoint has retrieve.*preflight"):
+        load_policy(str(folder))

@@ -58,8 +58,9 @@ def _load(folder: Path, **changes: Any) -> Advisor:
 @given(st.dictionaries(st.text(max_size=8), st.floats(0, allow_nan=False, allow_infinity=True), max_size=5))
 def test_gates_come_back_as_they_were_saved(tmp_path_factory: pytest.TempPathFactory, gates: dict[str, float]) -> None:
     folder = tmp_path_factory.mktemp("gates")
-    path = save_gates(folder, gates)
-    assert path == folder / GATES and load_gates(folder) == gates
+    tasks = {name: "retrieve" for name in gates}
+    path = save_gates(folder, gates, tasks)
+    assert path == folder / GATES and load_gates(folder) == (gates, tasks)
     assert [entry.name for entry in folder.iterdir()] == [GATES]
 
 
@@ -68,18 +69,32 @@ def test_a_shut_gate_is_null_in_strict_json(tmp_path: Path) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     path = save_gates(tmp_path, {"rerank": 0.25, BOTH: math.inf, "refine": math.nan})
-    assert json.loads(path.read_text(), parse_constant=refuse) == {"rerank": 0.25, BOTH: None, "refine": None}
-    assert load_gates(tmp_path) == {"rerank": 0.25, BOTH: math.inf, "refine": math.inf}
+    assert json.loads(path.read_text(), parse_constant=refuse) == {
+        "margins": {"rerank": 0.25, BOTH: None, "refine": None},
+        "tasks": {},
+    }
+    assert load_gates(tmp_path) == ({"rerank": 0.25, BOTH: math.inf, "refine": math.inf}, {})
     save_gates(tmp_path, {"rerank": 0.5})
-    assert load_gates(tmp_path) == {"rerank": 0.5}, "the old ones are replaced, not mixed in"
+    assert load_gates(tmp_path) == ({"rerank": 0.5}, {}), "the old ones are replaced, not mixed in"
 
 
 def test_no_file_is_no_gates(tmp_path: Path) -> None:
-    assert load_gates(tmp_path) == {} and load_gates(tmp_path / "nowhere") == {}
+    assert load_gates(tmp_path) == load_gates(tmp_path / "nowhere") == ({}, {})
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b'{"rerank": 0.5', b"[0.5]", b"3", b'{"rerank": [0.5]}', b'{"rerank": "much"}', b"\xff\xfe\x00{"]
+    "content",
+    [
+        b"",
+        b'{"margins": {"rerank": 0.5',
+        b"[0.5]",
+        b"3",
+        b"{}",
+        b'{"margins": {"rerank": [0.5]}, "tasks": {}}',
+        b'{"margins": {"rerank": "much"}, "tasks": {}}',
+        b'{"margins": {}, "tasks": 3}',
+        b"\xff\xfe\x00{",
+    ],  # fmt: skip
 )
 def test_a_damaged_file_is_named_with_what_writes_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / GATES).write_bytes(content)
@@ -91,7 +106,7 @@ def test_a_damaged_file_is_named_with_what_writes_it(tmp_path: Path, content: by
 
 @pytest.mark.parametrize("margin", ["-0.1", "NaN", "-Infinity"])
 def test_margins_below_zero_are_refused_by_name(tmp_path: Path, margin: str) -> None:
-    (tmp_path / GATES).write_text(f'{{"rerank": 0.5, "refine": {margin}}}')
+    (tmp_path / GATES).write_text(f'{{"margins": {{"rerank": 0.5, "refine": {margin}}}, "tasks": {{}}}}')
     with pytest.raises(CheckpointError, match=f"{GATES}: margins of refine are not 0 or more"):
         load_gates(tmp_path)
 

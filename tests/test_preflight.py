@@ -68,11 +68,21 @@ def test_a_mode_that_helps_where_its_gain_is_large_is_gated() -> None:
     assert 0.2 < found["modes"]["rerank"]["effect"]["accepted"] < 0.5
 
 
-def test_too_small_a_gain_is_not_worth_it_and_retrieve_is_never_the_verdict() -> None:
+def test_too_small_a_gain_is_not_worth_it() -> None:
     policy, gain = draws()
-    modes = {"rerank": record(0.97 * policy, gain), "retrieve": record(0.1 * policy, torch.full_like(gain, math.inf))}
-    result = judge(measured(modes, policy), RerankConfig())
-    assert result["verdict"]["use"] == "off" and result["gates"]["retrieve"] == 0
+    result = judge(measured({"rerank": record(0.95 * policy, gain)}, policy), RerankConfig())
+    assert result["verdict"]["use"] == "off" and result["gates"]["rerank"] < 0.2
+
+
+def test_retrieve_is_preferred_and_gated_by_task() -> None:
+    policy, gain = draws()
+    found = measured({"rerank": record(0.4 * policy, gain)}, policy)
+    push = torch.tensor([task == "push" for task in found.tasks])
+    plain = torch.where(push, 0.5 * policy, 0.95 * policy)  # much better on one task, hardly on the other
+    found.modes["retrieve"] = record(plain, torch.full_like(gain, math.inf))
+    result = judge(found, RerankConfig())
+    assert result["verdict"]["use"] == "retrieve" and result["gates"]["retrieve"] == 0
+    assert {task: row["use"] for task, row in result["tasks"].items()} == {"push": "retrieve", "pull": "off"}
     assert result["modes"]["retrieve"]["effect"]["accepted"] == 1
 
 
@@ -145,9 +155,13 @@ def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.Captur
     assert main(["memory", *data, "--max-frames", "200"]) == 0
     capsys.readouterr()
     assert main(["preflight", *data, *out]) == 0
-    assert capsys.readouterr().out.startswith("leave reranking off")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith(("leave reranking off", "use retrieve"))
     result = json.loads((tmp_path / "out" / "preflight.json").read_text())
     assert result["policy"]["frames"] == 60 and result["modes"]["retrieve"]["effect"]["accepted"] == 1
-    assert load_gates(folder) == {"retrieve": 0.0}
+    gates, tasks = load_gates(folder)
+    assert gates == {"retrieve": 0.0}
+    wanted = {task: row["use"] for task, row in result["tasks"].items() if row["use"] != "off"}
+    assert tasks == wanted and set(tasks.values()) <= {"retrieve"}
     page = (tmp_path / "out" / "preflight.html").read_text()
-    assert "leave reranking off" in page and "<script" not in page
+    assert first.split(":")[0] in page and "<script" not in page

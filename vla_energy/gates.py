@@ -21,7 +21,8 @@ from vla_energy.rerank import Reranker, check_statistics
 logger = logging.getLogger(__name__)
 
 GATES = "energy_gates.json"
-"""File in a checkpoint's folder with the calibrated margin of each mode; null is a gate that stays shut."""
+"""File in a checkpoint's folder: `margins`, by mode, null for a gate that stays shut, and `tasks`, the mode that
+preflight recommends by instruction, where it recommends one."""
 
 _HEAD = "energy_head--*_checkpoint.safetensors"
 
@@ -55,39 +56,42 @@ def load_advisor(
     if memory is not None:
         check_memory(memory, horizon, action_dim, context_dim)
         check_statistics(memory.statistics, statistics, "the memory")
-    gates = load_gates(folder)
+    gates, tasks = load_gates(folder)
     if reranker is not None and memory is not None and BOTH not in gates:
         logger.warning("no gate of %s is calibrated in %s, so it stays shut: run vla-energy preflight", BOTH, folder)
     gripper = [dim for dim, used in enumerate(statistics.action.mask) if not used]
-    return Advisor(reranker, memory, gates, gripper_dims=gripper, scale=noise_scale(statistics))
+    return Advisor(reranker, memory, gates, gripper_dims=gripper, scale=noise_scale(statistics), tasks=tasks)
 
 
-def save_gates(folder: str | Path, gates: Mapping[str, Any]) -> Path:
-    """Writes `GATES` into a checkpoint's folder: margin by mode, inf as null."""
-    text = json.dumps({mode: margin if math.isfinite(margin) else None for mode, margin in gates.items()}, indent=1)
+def save_gates(folder: str | Path, margins: Mapping[str, float], tasks: Mapping[str, str] | None = None) -> Path:
+    """Writes `GATES` into a checkpoint's folder.
+
+    Args:
+        folder: of the checkpoint.
+        margins: by mode; inf keeps the gate shut.
+        tasks: recommended mode by instruction.
+    """
+    stored = {mode: margin if math.isfinite(margin) else None for mode, margin in margins.items()}
+    text = json.dumps({"margins": stored, "tasks": dict(tasks or {})}, indent=1)
     return atomic_write(Path(folder) / GATES, lambda file: file.write(text.encode() + b"\n"))
 
 
-def load_gates(folder: str | Path) -> dict[str, float]:
-    """Margin by mode from a checkpoint's folder; empty where nothing was calibrated.
+def load_gates(folder: str | Path) -> tuple[dict[str, float], dict[str, str]]:
+    """Margin by mode and recommended mode by instruction; both empty where nothing was calibrated.
 
     Raises:
         CheckpointError: the file is damaged.
     """
     path = Path(folder) / GATES
     if not path.is_file():
-        return {}
+        return {}, {}
     try:
-        gates = {str(mode): math.inf if margin is None else float(margin) for mode, margin in _items(path)}
-    except (ValueError, TypeError, OSError) as error:
+        data = json.loads(path.read_text())
+        stored: dict[str, Any] = dict(data["margins"])
+        gates = {mode: math.inf if margin is None else float(margin) for mode, margin in stored.items()}
+        tasks = {str(task): str(mode) for task, mode in dict(data["tasks"]).items()}
+    except (ValueError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); vla-energy preflight writes it") from error
     if wrong := [mode for mode, margin in gates.items() if not margin >= 0]:
         raise CheckpointError(f"{path}: margins of {', '.join(wrong)} are not 0 or more")
-    return gates
-
-
-def _items(path: Path) -> list[tuple[str, Any]]:
-    data = json.loads(path.read_text())
-    if not isinstance(data, dict):
-        raise ValueError("no object")
-    return list(data.items())
+    return gates, tasks

@@ -68,6 +68,10 @@ class Advisor:
         gates: margin by mode; inf keeps the policy's chunk. A mode that is missing has a shut gate, but for `rerank`,
             which falls back to the reranker's own margin, and for `retrieve`, the plain baseline, which has none.
         gripper_dims, scale: of the noise, see `candidates.propose`.
+        tasks: recommended mode by instruction; a mode that this checkpoint cannot run is an error.
+
+    Raises:
+        ValueError: `tasks` names a mode that there is not.
     """
 
     def __init__(
@@ -78,11 +82,18 @@ class Advisor:
         *,
         gripper_dims: Sequence[int] = (-1,),
         scale: Tensor | None = None,
+        tasks: Mapping[str, str] | None = None,
     ) -> None:
-        self.reranker, self.memory = reranker, memory
+        self.reranker, self.memory, self.tasks = reranker, memory, dict(tasks or {})
         self.gripper_dims, self.scale = gripper_dims, scale
         own = {} if reranker is None else {"rerank": reranker.margin}
         self.gates = {**dict.fromkeys(self.modes, math.inf), **own, **(gates or {}), "retrieve": 0.0}
+
+        if unknown := {*self.tasks.values()} - {*self.modes}:
+            raise ValueError(
+                f"recommended are {', '.join(sorted(unknown))}, the checkpoint has {', '.join(self.modes) or 'none'}: "
+                "run vla-energy preflight again"
+            )
 
     @property
     def modes(self) -> tuple[str, ...]:

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     write_json(out / "preflight.json", result)
     write_page(result, out / "preflight.html")
     if not args.no_gates:
-        save_gates(args.checkpoint, result["gates"])
+        tasks = {task: row["use"] for task, row in result["tasks"].items() if row["use"] != "off"}
+        save_gates(args.checkpoint, result["gates"], tasks)
     print(json.dumps(to_json(result), allow_nan=False) if args.json else _text(result, out))
     return 0
 

@@ -1,7 +1,10 @@
 """From what was measured to calibrated gates and a verdict in words: which mode to use, or none, and why.
 
 One half of the held-out episodes sets each mode's margin, the other half tells what the mode does behind it. A mode
-is worth using where it lowers the L1 by at least `WORTH` of the policy's and the interval over episodes is above 0.
+is worth using where it takes at least `WORTH` off the policy's L1 and the interval over episodes excludes 0. Plain
+retrieval has no margin: its gate is the task. It is preferred where it is worth using, although choosing among
+retrieved chunks by energy often has the lower L1: in closed loop the choice by energy stays near the policy's chunk
+where the policy is stuck (docs/does-it-help.md).
 """
 
 from __future__ import annotations
@@ -148,9 +151,9 @@ def judge(measured: Measured, gates_config: RerankConfig) -> dict[str, Any]:
 
 
 def _best(effects: dict[str, Effect]) -> str:
-    """The gated mode with the lowest L1 among those that help, or `off`."""
-    helping = [(found.l1_gated, mode) for mode, found in effects.items() if mode != "retrieve" and found.helps]
-    return min(helping)[1] if helping else "off"
+    """`retrieve` where it helps, else the mode with the lowest L1 among those that do, or `off`."""
+    helping = [(mode != "retrieve", found.l1_gated, mode) for mode, found in effects.items() if found.helps]
+    return min(helping)[2] if helping else "off"
 
 
 def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) -> dict[str, Any]:
@@ -160,8 +163,8 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
         if not rows.any():
             continue
         found = {mode: effect(measured, record, gates[mode], rows) for mode, record in measured.modes.items()}
-        # A task has few episodes, so its interval decides nothing: the mode is sure overall, the task must not speak
-        # against it.
+        # A task has few episodes, so its interval decides nothing: the mode is sure overall, and the task must not
+        # speak against it.
         helps = use != "off" and found[use].change <= -WORTH
         table[task] = {"use": use if helps else "off", "effects": {mode: asdict(part) for mode, part in found.items()}}
     return table
@@ -192,7 +195,7 @@ def _reasons(use: str, effects: dict[str, Effect], gates: dict[str, float], meas
 
 def _why(use: str, effects: dict[str, Effect]) -> str:
     if use == "off":
-        return "no gated mode is surely better than the policy on held-out episodes"
+        return "no mode is surely better than the policy on held-out episodes"
     found = effects[use]
     gap = "" if found.gap_closed is None else f", {100 * found.gap_closed:.0f} % of the gap to the best candidate"
     return f"it takes {-100 * found.change:.0f} % off the policy's held-out L1{gap}"

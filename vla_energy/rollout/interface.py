@@ -18,6 +18,7 @@ ARMS = {
     "rerank": "lowest energy among the policy's chunk, inner layers' and noise, gated",
     "rerank+retrieve": "the same with retrieved chunks among the candidates, gated",
     "refine": "descent on the energy from the policy's chunk, gated",
+    "recommended": "for each task what preflight recommends, else the policy's chunk",
     "replan": "the policy's chunk, executed for as long as the energy of its rest stays low",
 }
 """Arms there are. `ARM@n` asks for a new chunk every n steps instead of every `replan_every`."""

@@ -62,7 +62,8 @@ class CheckpointPolicy:
     def arms(self) -> frozenset[str]:
         """`policy`, and what head and memory allow; see `interface.ARMS`."""
         replanning = () if self._advisor.reranker is None else ("replan",)
-        return frozenset({"policy", *self._advisor.modes, *replanning})
+        judged = ("recommended",) if self._advisor.tasks else ()
+        return frozenset({"policy", *self._advisor.modes, *replanning, *judged})
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -72,6 +73,7 @@ class CheckpointPolicy:
             "checkpoint": self._folder.name,
             "gates": {mode: self._advisor.gates[mode] for mode in self._advisor.modes},
             "memory": None if memory is None else {"frames": len(memory), "bytes": memory.nbytes},
+            "recommended": self._advisor.tasks,
             "center_crop": self._crop,
         }
 
@@ -83,6 +85,8 @@ class CheckpointPolicy:
             ValueError: an arm that this checkpoint cannot run, or too few cameras.
         """
         check_arms([arm], self.arms)
+        if arm == "recommended":
+            return self._recommended(requests)
         reads_layers = arm.startswith("rerank") and self._head_config().candidates.layer_exits
         output = self._vla.predict(self._batch(requests), "raw" if reads_layers else "off")
         if arm == "policy":
@@ -98,6 +102,15 @@ class CheckpointPolicy:
             Decision(self._statistics.unnormalize(chunk), bool(taken), _finite(numbers, row), memo=chunk)
             for row, (chunk, taken) in enumerate(zip(chunks, accepted, strict=True))
         ]
+
+    def _recommended(self, requests: Sequence[Request]) -> list[Decision]:
+        """Each row by what is recommended for its instruction; one forward pass for each mode among them."""
+        modes = [self._advisor.tasks.get(request.observation.instruction, "policy") for request in requests]
+        decisions: dict[int, Decision] = {}
+        for mode in dict.fromkeys(modes):
+            rows = [row for row, name in enumerate(modes) if name == mode]
+            decisions.update(zip(rows, self.act([requests[row] for row in rows], mode), strict=True))
+        return [decisions[row] for row in range(len(requests))]
 
     def _others(self, arm: str, frame: Frame, requests: Sequence[Request]) -> dict[str, Source]:
         """Candidates that need the episode's past."""
