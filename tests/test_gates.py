@@ -94,7 +94,7 @@ def test_no_file_is_no_gates(tmp_path: Path) -> None:
         b'{"margins": {"rerank": "much"}, "tasks": {}}',
         b'{"margins": {}, "tasks": 3}',
         b"\xff\xfe\x00{",
-    ],  # fmt: skip
+    ],
 )
 def test_a_damaged_file_is_named_with_what_writes_it(tmp_path: Path, content: bytes) -> None:
     (tmp_path / GATES).write_bytes(content)
