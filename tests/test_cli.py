@@ -60,7 +60,7 @@ def test_rollout_prints_json(tmp_path, capsys):
 @pytest.mark.parametrize(
     "extra, message",
     [
-        (["--arms", "policy,magic"], "unknown arm(s): magic; known: policy, refine, replan, rerank"),
+        (["--arms", "policy,magic"], "unknown arm(s): magic; known: policy, recommended, refine, replan"),
         (["--tasks", "nowhere"], f"unknown {BACKEND} task(s): nowhere; known: dies, far, hangs, near"),
         (["--tasks", ","], "tasks must be given"),
         (["--episodes", "0"], "episodes must be at least 1, got 0"),

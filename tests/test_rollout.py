@@ -115,7 +115,7 @@ def test_nothing_runs_if_the_results_cannot_be_written(tmp_path):
         ({"replan_every": 7}, "exceeds the checkpoint's horizon 6"),
         (
             {"arms": ["policy", "magic"]},
-            "unknown arm.*magic; known: policy, refine, replan, rerank, .*, twin",
+            "unknown arm.*magic; known: policy, recommended, refine, .*, twin",
         ),
         ({"arms": ["policy", "policy"]}, "each once"),
         ({"tasks": ["nowhere"]}, "unknown .* nowhere; known: dies, far"),
