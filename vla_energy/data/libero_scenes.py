@@ -10,6 +10,7 @@ import functools
 import importlib
 import logging
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -24,6 +25,8 @@ MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "l
 """Episode limit a suite, as in openvla-oft's evaluation; the waiting steps after a reset are not counted."""
 
 _INSTALL = "pip install 'vla-energy[libero]', or from a checkout `make libero`"
+# An error that names OpenGL, its libraries or functions (PyOpenGL without OSMesa: "... no attribute 'glGetError'").
+_OF_OPENGL = re.compile(r"(?<![A-DF-Z])GL(?!IBC|OB)|\be?gl[A-Z]|(?i:osmesa|\bdisplay\b)")
 _IDENTITY = (("pos", "0 0 0"), ("quat", "1 0 0 0"))  # what MuJoCo takes for a body without them
 
 
@@ -50,7 +53,8 @@ def load(name: str) -> Any:
     """Imports a module of the simulator.
 
     Raises:
-        SimulatorError: it, LIBERO's assets or an OpenGL library is missing; says what to install.
+        SimulatorError: it, LIBERO's assets or an OpenGL library is missing, or the import fails for another reason;
+            says what to install.
     """
     try:
         with quiet():
@@ -60,7 +64,8 @@ def load(name: str) -> Any:
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         if "asset" in str(error):
             raise SimulatorError(f"LIBERO's asset packages are missing: {_INSTALL} ({error})") from error
-        raise SimulatorError(f"{name} cannot be imported. {GL_HELP} ({error})") from error
+        remedy = GL_HELP if _OF_OPENGL.search(str(error)) else f"Install it again: {_INSTALL}"
+        raise SimulatorError(f"{name} cannot be imported. {remedy} ({error})") from error
 
 
 @functools.cache
