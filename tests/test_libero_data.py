@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_rollout_libero import TASK, libero_simulator  # noqa: F401
 
-from vla_energy.data import RldsDataset, libero, libero_expert, recording
+from vla_energy.data import RldsDataset, libero, libero_expert, metaworld, recording
 from vla_energy.data import libero_env as lb
 
 SIZE = 16
@@ -187,6 +187,19 @@ def test_bad_settings_are_refused_before_recording(tmp_path: Path, changes: dict
 def test_a_task_of_another_suite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"not in libero_object: {TASK}; its tasks: pick_up_the_alphabet"):
         libero.build(str(tmp_path), "libero_object", 1, 0, tasks=[TASK])
+
+
+def test_a_task_named_twice_is_refused_before_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = ["open_a", "open_b", "open_a"]
+    message = "named more than once: open_a; give each task once"
+    monkeypatch.setattr(recording, "record_all", lambda *_: pytest.fail("recorded"))
+    for module in (libero, metaworld):
+        monkeypatch.setattr(module, "run_alone", lambda *_: tasks)  # what looks the tasks up in the simulator
+    with pytest.raises(ValueError, match=message):
+        libero.build(str(tmp_path), "libero_goal", 1, 0, tasks=tasks)
+    with pytest.raises(ValueError, match=message):
+        metaworld.build(str(tmp_path), "mine", tasks, 1, 0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture

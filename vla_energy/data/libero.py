@@ -189,7 +189,7 @@ def build(
         workers: simulator processes at a time.
 
     Raises:
-        ValueError: a setting that cannot be, unknown tasks, or a dataset of this name is there.
+        ValueError: a setting that cannot be, a task unknown or named twice, or a dataset of this name is there.
         SimulatorError: simulator or OpenGL missing, or an expert that fails too often.
     """
     _check(episodes, val_episodes, image_size, styles, seed, noise_share, workers)

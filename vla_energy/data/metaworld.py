@@ -91,7 +91,7 @@ def build(
         workers: simulator processes at a time.
 
     Raises:
-        ValueError: unknown task names, or a dataset of this name is there.
+        ValueError: unknown task names, one named twice, or a dataset of this name is there.
         SimulatorError: simulator or OpenGL missing, or an expert that fails too often.
     """
     check_new(out, name)

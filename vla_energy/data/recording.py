@@ -167,7 +167,15 @@ def record_dataset(
     workers: int,
     description: str,
 ) -> str:
-    """Records and writes a dataset, see `record_all` and `write_dataset`; returns its folder."""
+    """Records and writes a dataset, see `record_all` and `write_dataset`; returns its folder.
+
+    Raises:
+        ValueError: a split has a task twice, which would record the same episodes twice.
+    """
+    for recordings in splits.values():
+        tasks = [recording.task for recording in recordings]
+        if twice := [task for task in dict.fromkeys(tasks) if tasks.count(task) > 1]:
+            raise ValueError(f"named more than once: {', '.join(twice)}; give each task once")
     episodes = {
         split: functools.partial(record_all, record, recordings, workers) for split, recordings in splits.items()
     }
