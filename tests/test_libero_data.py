@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,30 @@ def test_a_task_of_another_suite_is_refused(tmp_path: Path) -> None:
         libero.build(str(tmp_path), "libero_object", 1, 0, tasks=[TASK])
 
 
+@pytest.mark.parametrize("styles", ["one", "several"])
+def test_styles_reach_the_expert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, styles: str) -> None:
+    given: dict[str, list[libero.LiberoRecording]] = {}
+    monkeypatch.setattr(libero, "run_alone", lambda *_: [TASK])
+    monkeypatch.setattr(libero, "record_dataset", lambda *arguments: given.update(arguments[4]))
+    flags = ["--suite", "libero_spatial", "--out", str(tmp_path), "--styles", styles]
+    monkeypatch.setattr(sys, "argv", ["libero", *flags])
+    libero.main()
+    assert [recording.styles for split in ("train", "val") for recording in given[split]] == [styles] * 2
+
+    script: Any = _Script([np.full(7, 0.5)])
+    drawn = []
+    monkeypatch.setattr(libero, "Expert", lambda _, style: drawn.append(style) or script)
+    monkeypatch.setattr(libero, "_observe", lambda _: {})
+    monkeypatch.setattr(libero.lb, "instruction", lambda _: "do it")
+    for seed in (3, 3, 4):
+        libero._run_expert(script, given["train"][0], seed, 0.0)
+    first, again, other = drawn
+    if styles == "one":
+        assert drawn == [None] * 3
+    else:
+        assert first == again and len({first, other, libero_expert.Style()}) == 3
+
+
 def test_a_task_named_twice_is_refused_before_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = ["open_a", "open_b", "open_a"]
     message = "named more than once: open_a; give each task once"
@@ -240,9 +265,14 @@ def _solve(task: str) -> tuple[list[str], int, int]:
 
 @pytest.mark.usefixtures("libero_simulator")
 @pytest.mark.parametrize(
-    "task, last", [("open_the_middle_drawer_of_the_cabinet", "pull"), ("turn_on_the_stove", "turn")]
+    "task, last",
+    [
+        ("open_the_middle_drawer_of_the_cabinet", "pull"),
+        ("turn_on_the_stove", "turn"),
+        ("pick_up_the_alphabet_soup_and_place_it_in_the_basket", "carry"),
+    ],
 )
-def test_experts_of_what_opens_and_turns(task: str, last: str) -> None:
+def test_experts_that_open_turn_and_place_in_a_basket(task: str, last: str) -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         phases, steps, still = pool.apply(_solve, (task,))
     assert phases == ["reach", "close", last] and steps < 120 and still == 0

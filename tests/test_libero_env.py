@@ -25,8 +25,9 @@ TASK = "pick_up_the_black_bowl_on_the_cookie_box_and_place_it_on_the_plate"
 _CHILD = """
 import json, sys
 import numpy as np
+from vla_energy.data import libero
 from vla_energy.data import libero_env as lb
-from vla_energy.data.libero_expert import Expert, Style
+from vla_energy.data.libero_expert import Expert
 
 answers = {}
 def failure(call):
@@ -52,12 +53,40 @@ answers["images"] = [list(images.shape), str(images.dtype), [float(image.std()) 
 # Upright: the robot stands behind the table, so the camera opposite has the grey wall above, the brown table below.
 bands = images[0, :16], images[0, 48:]
 answers["red over blue"] = [float(band[..., 0].mean() - band[..., 2].mean()) for band in bands]
+
+import mujoco
+raw = []  # as read from the simulator's buffer, which begins at the bottom
+for camera in ("agentview", "robot0_eye_in_hand"):
+    renderer = world._renderer
+    renderer.update_scene(world._sim.data._data, camera, world._options)
+    renderer.render()
+    raw.append(np.empty((64, 64, 3), np.uint8))
+    mujoco.mjr_readPixels(raw[-1], None, renderer._rect, renderer._mjr_context)
+answers["turned by 180"] = [np.array_equal(image, pixels[::-1, ::-1]) for image, pixels in zip(images, raw)]
 first = shape_of(3)
 other, fixed = shape_of(4), shape_of(lb.FIXED_STATES_FROM + 2)
 for _ in range(4):
     world.step_raw(np.array([1.0, 0.5, -1.0, 0.2, 0.0, 0.5, 1.0]))
 answers["same again"] = shape_of(3) == first and shape_of(lb.FIXED_STATES_FROM + 2) == fixed
 answers["seeds differ"] = first != other != fixed
+
+from libero.libero.benchmark import get_benchmark
+with lb.quiet():
+    suite = get_benchmark("libero_spatial")()
+    stored = np.asarray(suite.get_task_init_states(suite.get_task_names().index(world.task)))[2]
+joints = [world._env.get_object(name).joints[0] for name in world.objects()]
+qpos = stored[1:]  # behind the time
+expected = np.stack([qpos[world._sim.model.get_joint_qpos_addr(joint)[0] :][:2] for joint in joints])
+for name, seed in (("fixed", lb.FIXED_STATES_FROM + 2), ("random", 2)):
+    world.reset(seed)
+    there = np.stack([world.position(name)[:2] for name in world.objects()])
+    answers[f"off the stored state, {name}"] = np.abs(there - expected).max(1).tolist()
+waits, step = [], world._env.step
+world._env.step = lambda action: waits.append(action.tolist()) or step(action)
+world.reset(3)
+world._env.step = step
+answers["waits"] = waits
+answers["styles"] = [libero._expert(world, 3, styles).action(world).tolist() for styles in ("one", "several")]
 answers["beyond"] = failure(lambda: world.reset(lb.FIXED_STATES_FROM + 50))
 answers["negative"] = failure(lambda: world.reset(-1))
 answers["second"] = failure(lambda: lb.Libero(world.task))
@@ -83,6 +112,17 @@ while not solved and len(actions) < lb.MAX_STEPS["libero_spatial"]:
     solved = world.step_raw(actions[-1])
 still = np.linalg.norm(np.stack(actions)[:, :6], axis=1) < 1e-4
 answers["expert"] = [bool(solved), len(actions), float(np.abs(actions).max()), int(still.sum())]
+
+world.reset(lb.FIXED_STATES_FROM)
+expert, phases, solved = Expert(world), [], False
+while not solved and len(phases) < lb.MAX_STEPS["libero_spatial"]:
+    action = expert.action(world)
+    phases.append(expert.phase)
+    if phases.count("carry") > 5 and "reach" not in phases[phases.index("carry") :]:
+        action[-1] = -1.0  # on its way it lets go, until the expert sees it
+    solved = world.step_raw(action)
+changes = [phase for phase, before in zip(phases, ["", *phases]) if phase != before]
+answers["let go"] = [bool(solved), len(phases), changes]
 answers["torch"] = "torch" in sys.modules
 print(json.dumps(answers))
 """
@@ -100,7 +140,7 @@ def _skip_without_simulator(message: str) -> None:
 def answers() -> dict[str, Any]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [sys.executable, "-c", _CHILD, TASK], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "-c", _CHILD, TASK], capture_output=True, text=True, timeout=600, env=environment
     )
     if result.returncode:
         _skip_without_simulator(result.stderr)
@@ -188,6 +228,26 @@ def test_images_are_upright(answers: dict[str, Any]) -> None:
     assert below > above + 10
 
 
+def test_images_are_the_simulators_turned_by_180_degrees(answers: dict[str, Any]) -> None:
+    assert answers["turned by 180"] == [True, True]
+
+
+def test_a_fixed_state_is_the_benchmarks(answers: dict[str, Any]) -> None:
+    assert len(answers["off the stored state, fixed"]) == 5
+    assert max(answers["off the stored state, fixed"]) < 0.002  # they only fall into place
+    assert max(answers["off the stored state, random"]) > 0.01
+
+
+def test_a_reset_waits_ten_steps_with_the_gripper_open(answers: dict[str, Any]) -> None:
+    assert lb.WAIT_STEPS == 10
+    assert answers["waits"] == [[0, 0, 0, 0, 0, 0, -1]] * 10
+
+
+def test_another_style_is_another_action(answers: dict[str, Any]) -> None:
+    one, several = map(np.array, answers["styles"])
+    assert np.abs(one - several).max() > 0.01
+
+
 def test_a_seed_starts_the_same_episode_whatever_was_run_before(answers: dict[str, Any]) -> None:
     assert answers["same again"] and answers["seeds differ"]
 
@@ -216,3 +276,9 @@ def test_gripper_opens_above_one_half(answers: dict[str, Any]) -> None:
 def test_expert_solves_a_task_without_a_no_op(answers: dict[str, Any]) -> None:
     solved, steps, largest, still = answers["expert"]
     assert solved and steps < 120 and largest <= 1.0 and still == 0
+
+
+def test_expert_fetches_what_it_lost(answers: dict[str, Any]) -> None:
+    solved, steps, phases = answers["let go"]
+    assert solved and steps < 160
+    assert phases[:6] == ["reach", "close", "carry", "reach", "close", "carry"]
