@@ -15,7 +15,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ import numpy as np
 
 from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.finetune.setup import EMBEDDED_DATA
-from vla_energy.rollout.run import Settings, run_rollouts
+from vla_energy.rollout.run import run_rollouts
 from vla_energy.rollout.statistics import paired_difference
-from vla_energy.rollout.summary import summarize, write_json
+from vla_energy.rollout.summary import write_json
 
 ARMS = ("policy", "policy@2", "policy@8", "retrieve", "rerank", "rerank+retrieve", "refine", "replan")
 
@@ -55,7 +54,7 @@ def quick(out: Path) -> dict[str, Any]:
     )  # fmt: skip
     checkpoint = out / "head" / "latest"
     _run("-m", "vla_energy.cli", "preflight", "--checkpoint", str(checkpoint), *data, "--out", str(out / "preflight"))
-    tasks = ["button-press-topdown-wall", "drawer-close"]
+    tasks = ["button-press-topdown", "handle-press-side"]
     result = study(checkpoint, tasks, 4, list(ARMS), out / "rollout.json", max_steps=100)
     result["preflight"] = json.loads((out / "preflight" / "preflight.json").read_text())
     return result
@@ -77,7 +76,8 @@ def arm_table(results: list[dict[str, Any]]) -> str:
         success = 100 * _mean(episode["success"] for episode in mine)
         others = [_against(episodes, arm, other) for other in ("policy", "retrieve")]
         forwards = _mean(episode["decisions"] for episode in mine)
-        spent = [ms for episode in mine for ms in episode["milliseconds"]]
+        arms_of = (result["overall"]["arms"] for result in results)
+        spent = [found[arm]["milliseconds_per_decision"]["mean"] for found in arms_of if arm in found]
         lines.append(f"| {arm} | {success:.1f} % | {others[0]} | {others[1]} | {forwards:.1f} | {_mean(spent):.1f} |")
     return "\n".join(lines)
 
@@ -139,35 +139,11 @@ def _mean(values: Any) -> float:
     return sum(values) / max(1, len(values))
 
 
-def merge(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Runs of one checkpoint with different arms on the same tasks and seeds, as one.
-
-    Raises:
-        ValueError: they are not of the same tasks, seeds and settings, or an arm comes twice.
-    """
-    first = results[0]
-    settings = Settings(**first["settings"])
-    for other in results[1:]:
-        if replace(Settings(**other["settings"]), arms=settings.arms) != settings:
-            raise ValueError("only runs that differ in nothing but their arms can be merged")
-        settings = replace(settings, arms=[*settings.arms, *other["settings"]["arms"]])
-    settings.validate()
-    order = {arm: index for index, arm in enumerate(settings.arms)}
-    records = [record for result in results for record in result["episodes"]]
-    records.sort(key=lambda record: (settings.tasks.index(record["task"]), record["seed"], order[record["arm"]]))
-    merged = summarize(records, settings, first["meta"], complete=True)
-    judged = [result["preflight"] for result in results if "preflight" in result]
-    return merged | ({"preflight": judged[-1]} if judged else {})
-
-
-def _by_checkpoint(paths: list[Path]) -> list[dict[str, Any]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for path in paths:
-        result = json.loads(path.read_text())
-        if not result["complete"]:
-            sys.exit(f"error: {path} is of a run that did not end")
-        groups.setdefault(json.dumps(result["meta"]["checkpoint"], sort_keys=True), []).append(result)
-    return [merge(group) for group in groups.values()]
+def _read(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    if not result["complete"]:
+        sys.exit(f"error: {path} is of a run that did not end")
+    return result
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -175,8 +151,8 @@ def report(results: list[dict[str, Any]]) -> str:
     from vla_energy.data.metaworld_env import instruction
 
     parts = []
-    for result in results:
-        name = result["meta"]["checkpoint"].get("checkpoint")
+    for number, result in enumerate(results, start=1):
+        name = f"study {number}"
         for episode in result["episodes"]:
             episode["checkpoint"] = name
         parts += [f"\n## {name}: {result['settings']['episodes']} episodes a task", task_table(result)]
@@ -204,7 +180,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, nargs="+", help="only print the tables of earlier results")
     args = parser.parse_args()
     if args.report:
-        print(report(_by_checkpoint(args.report)))
+        print(report([_read(path) for path in args.report]))
         return
     if args.quick:
         result, out = quick(args.out), args.out / "rollout.json"

@@ -468,11 +468,11 @@ def test_an_arm_may_say_how_often_it_decides() -> None:
 
 def test_arms_are_checked_by_their_names_alone() -> None:
     check_arms(["policy", "policy@3", "own@2"], {"policy", "own"})
-    with pytest.raises(ValueError, match=r"unknown arm\(s\): magic; known: own, policy, refine"):
+    with pytest.raises(ValueError, match=r"unknown arm\(s\): magic; known: own, policy, recommended, refine"):
         check_arms(["policy", "magic@2"], {"policy", "own"})
     with pytest.raises(ValueError, match=r"cannot run arm\(s\) retrieve, only policy: .*vla-energy memory"):
         check_arms(["policy", "retrieve@2"], {"policy"})
-    assert {"policy", *MODES, "replan"} == set(ARMS)
+    assert {"policy", *MODES, "recommended", "replan"} == set(ARMS)
 
 
 class Walker:

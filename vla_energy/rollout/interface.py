@@ -22,7 +22,10 @@ ARMS = {
     "replan": "the policy's chunk, executed for as long as the energy of its rest stays low",
 }
 """Arms there are. `ARM@n` asks for a new chunk every n steps instead of every `replan_every`."""
-_NEEDS = "rerank, refine and replan need an energy head beside it, retrieve a memory (vla-energy memory)"
+_NEEDS = (
+    "rerank, refine and replan need an energy head beside it, retrieve a memory (vla-energy memory), recommended a verdict "
+    "(vla-energy preflight)"
+)
 
 
 @dataclass(frozen=True)
