@@ -23,8 +23,8 @@ ARMS = {
 }
 """Arms there are. `ARM@n` asks for a new chunk every n steps instead of every `replan_every`."""
 _NEEDS = (
-    "rerank, refine and replan need an energy head beside it, retrieve a memory (vla-energy memory), recommended a verdict "
-    "(vla-energy preflight)"
+    "rerank, refine and replan need an energy head beside it, retrieve a memory (vla-energy memory), recommended "
+    "a verdict (vla-energy preflight)"
 )
 
 
