@@ -37,7 +37,7 @@ def study(checkpoint: Path, tasks: list[str], episodes: int, arms: list[str], ou
 
 
 def quick(out: Path) -> dict[str, Any]:
-    """Everything from the shipped policy and demonstrations, in about three minutes."""
+    """Everything from the shipped policy and demonstrations, in about five minutes."""
     folder = out / "policy"
     if out.exists():
         sys.exit(f"error: {out} is there already: delete it, or take another --out")
@@ -166,7 +166,7 @@ def report(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three minutes, everything from what ships with us")
+    parser.add_argument("--quick", action="store_true", help="five minutes, everything from what ships with us")
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--tasks", default="", help="comma-separated")
     parser.add_argument("--episodes", type=int, default=100)
