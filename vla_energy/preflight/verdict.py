@@ -116,8 +116,9 @@ def judge(measured: Measured, gates_config: RerankConfig) -> dict[str, Any]:
     """Gates, effects overall and by task, and the verdict; JSON types but for margins, which may be inf.
 
     Returns:
-        `gates` {mode: margin}, `modes` {mode: effect, spearman, bands, sources, ms}, `tasks` {instruction: {mode:
-        effect, use}}, `policy` {l1, by_step, frames, episodes, forward_ms}, `verdict` {use, reasons}.
+        `gates` {mode: margin}, shut where the mode is not worth using; `modes` {mode: effect (behind the calibrated
+        margin), spearman, bands, sources, ms}; `tasks` {instruction: {use, effects}}; `policy` {l1, by_step, frames,
+        episodes, forward_ms}; `verdict` {use, reasons}.
 
     Raises:
         ValueError: fewer than two episodes.
@@ -146,7 +147,7 @@ def judge(measured: Measured, gates_config: RerankConfig) -> dict[str, Any]:
     return {
         "verdict": {"use": use, "reasons": _reasons(use, effects, gates, measured)},
         "policy": policy,
-        "gates": gates,
+        "gates": {mode: gates[mode] if mode == "retrieve" or effects[mode].helps else math.inf for mode in gates},
         "modes": modes,
         "tasks": _tasks(measured, gates, rest, use),
     }
@@ -180,9 +181,11 @@ def _reasons(use: str, effects: dict[str, Effect], gates: dict[str, float], meas
         if not math.isfinite(gates[mode]):
             text += "; no margin was safe on the calibration half, so its gate stays shut"
         elif found.l1_oracle > (1 - _HEADROOM) * found.l1_policy:
-            text += f"; even the best candidate has {found.l1_oracle:.4f}: there is little to choose"
+            text += (
+                f"; even the best candidate has {found.l1_oracle:.4f}, there is little to choose: its gate stays shut"
+            )
         elif not found.helps:
-            text += f"; less than {100 * WORTH:.0f} % better, or not surely"
+            text += f"; less than {100 * WORTH:.0f} % better, or not surely: its gate stays shut"
         reasons.append(text)
     early, late = _early_and_late(measured.by_step.tolist())
     if late > _LATE * early:
