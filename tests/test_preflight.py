@@ -155,6 +155,9 @@ def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.Captur
     assert "neither an energy head nor a memory" in capsys.readouterr().err
     assert main(["memory", *data, "--max-frames", "200"]) == 0
     capsys.readouterr()
+    assert main(["preflight", *data, *out, "--split", "train"]) == 2
+    assert "the memory holds these very frames" in capsys.readouterr().err
+    assert load_gates(folder) == ({}, {})
     assert main(["preflight", *data, *out]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert first.startswith(("leave reranking off", "use retrieve"))

@@ -53,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if not advisor.modes:
         raise ValueError(f"{args.checkpoint} has neither an energy head nor a memory: nothing could replace its chunks")
+    if advisor.memory is not None and args.split == "train":
+        raise ValueError(
+            "--split train: the memory holds these very frames and would find each itself; take a held-out split"
+        )
     measured = measure(advisor, reader.read(args.split, args.max_frames), args.seed)
     config = RerankConfig() if advisor.reranker is None else advisor.reranker.config.rerank
     result = {"settings": _settings(args), **judge(measured, config)}
