@@ -356,6 +356,12 @@ def test_the_recommended_arm_goes_by_the_instruction(tmp_path: Path) -> None:
     for arm, row in (("policy", 0), ("retrieve", 1), ("policy", 2)):
         (alone,) = policy.act([requests[row]], arm)
         np.testing.assert_allclose(mixed[row].actions.values, alone.actions.values, atol=1e-5)
+    assert [decision.execute for decision in mixed] == [None] * 3
+    save_gates(folder, {}, {"push": "retrieve@7", "pull": "policy@2"})
+    asked = load_policy(str(folder)).act(requests, "recommended")
+    assert [decision.execute for decision in asked] == [2, 7, 2]
+    for one, other in zip(asked, mixed, strict=True):
+        np.testing.assert_array_equal(one.actions.values, other.actions.values)
     save_gates(folder, {}, {"push": "refine"})
-    with pytest.raises(ValueError, match=r"recommended are refine, the checkpoint has retrieve.*preflight"):
+    with pytest.raises(ValueError, match=r"recommended are refine, the checkpoint has policy, retrieve.*preflight"):
         load_policy(str(folder))

@@ -17,8 +17,11 @@ from vla_energy.finetune.frames import PolicyFrames
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.gates import load_gates
 from vla_energy.modes import Advisor, Proposal
+from vla_energy.preflight.effects import calibrate, effect, halves
 from vla_energy.preflight.measure import Measured, ModeRecord, measure
-from vla_energy.preflight.verdict import calibrate, effect, halves, judge
+from vla_energy.preflight.trials import TrialsError, read_trials
+from vla_energy.preflight.verdict import judge
+from vla_energy.report.preflight import write_page
 
 EPISODES, EACH = 40, 10
 
@@ -169,3 +172,69 @@ def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.Captur
     assert tasks == wanted and set(tasks.values()) <= {"retrieve"}
     page = (tmp_path / "out" / "preflight.html").read_text()
     assert first.split(":")[0] in page and "<script" not in page
+
+
+def rollout_file(path: Path, episodes: list[tuple[str, str, int, bool]], complete: bool = True) -> Path:
+    names = ("instruction", "arm", "seed", "success")
+    rows = [dict(zip(names, episode, strict=True)) for episode in episodes]
+    path.write_text(json.dumps({"complete": complete, "episodes": rows}))
+    return path
+
+
+def test_trials_overrule_the_held_out_error(tmp_path: Path) -> None:
+    policy, gain = draws()
+    found = measured({"rerank": record(0.95 * policy, gain)}, policy)
+    found.modes["retrieve"] = record(0.5 * policy, torch.full_like(gain, math.inf))
+    # push: retrieve loses to the policy; pull: all equal; lift: no held-out frame, rerank wins; turn: another interval.
+    wins = {"push": (5, 2, 1, 0), "pull": (4, 4, 4, 4), "lift": (1, 2, 3, 0), "turn": (1, 2, 2, 3)}
+    arms = ("policy", "retrieve", "rerank", "retrieve@8")
+    rows = [(t, arm, seed, seed < n) for t, counts in wins.items() for arm, n in zip(arms, counts, strict=True)
+            for seed in range(6)]  # fmt: skip
+    trials = read_trials([rollout_file(tmp_path / "a.json", rows)], ["policy", "retrieve", "rerank"])
+    plain = judge(found, RerankConfig())
+    assert math.isinf(plain["gates"]["rerank"]) and {r["use"] for r in plain["tasks"].values()} == {"retrieve"}
+    result = judge(found, RerankConfig(), trials)
+    use = {task: row["use"] for task, row in result["tasks"].items()}
+    assert use == {"push": "off", "pull": "retrieve", "lift": "rerank", "turn": "retrieve@8"}
+    assert math.isfinite(result["gates"]["rerank"]), "it won a trial"
+    assert result["tasks"]["push"]["trials"] == {"episodes": 6, "successes": dict(zip(arms, (5, 2, 1, 0), strict=True))}
+    assert any("24 episodes an arm: the policy succeeds in 11, the best arm of each task in 15" in reason
+               for reason in result["verdict"]["reasons"])  # fmt: skip
+    write_page({**result, "settings": {}}, tmp_path / "page.html")
+    assert "retrieve@8" in (tmp_path / "page.html").read_text()
+
+
+def test_trials_take_only_the_seeds_that_all_arms_share(tmp_path: Path) -> None:
+    one = rollout_file(tmp_path / "a.json", [("push", "policy", seed, True) for seed in range(5)])
+    two = rollout_file(tmp_path / "b.json", [("push", "retrieve", seed, seed != 4) for seed in range(3, 8)])
+    found = read_trials([one, two], ["policy", "retrieve"])["push"]
+    assert found.seeds == (3, 4) and found.successes == {"policy": 2, "retrieve": 1}
+    assert found.best("retrieve") == "policy"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("push", "policy", 0, True)] * 2, "comes twice"),
+        ([("push", "retrieve", 0, True)], "no episodes of the arm policy"),
+        ([("push", "policy", 0, True), ("push", "retrieve", 1, True)], "share no seed"),
+        ([("push", "policy", 0, True), ("push", "refine", 0, True)], "refine, which this checkpoint cannot run"),
+        ([("push", "policy", 0, 1)], "wrong types"),
+        ([], "empty"),
+    ],
+)
+def test_trials_that_are_no_evidence_are_refused(tmp_path: Path, rows: list, message: str) -> None:
+    with pytest.raises(TrialsError, match=message):
+        read_trials([rollout_file(tmp_path / "a.json", rows)], ["policy", "retrieve"])
+
+
+def test_files_that_are_no_rollouts_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TrialsError, match="did not end"):
+        read_trials([rollout_file(tmp_path / "a.json", [("push", "policy", 0, True)], complete=False)], ["policy"])
+    for number, text in enumerate(("{}", "[]", "no json", '{"complete": true, "episodes": [{}]}')):
+        path = tmp_path / f"{number}.json"
+        path.write_text(text)
+        with pytest.raises(TrialsError, match="is no result of vla-energy rollout"):
+            read_trials([path], ["policy"])
+    with pytest.raises(TrialsError, match="is no result"):
+        read_trials([tmp_path / "missing.json"], ["policy"])

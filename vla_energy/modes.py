@@ -23,6 +23,16 @@ HEAD_MODES, MEMORY_MODES = ("rerank", "refine"), ("retrieve",)
 BOTH = "rerank+retrieve"
 
 
+def split_arm(arm: str) -> tuple[str, int | None]:
+    """`policy@4` is `("policy", 4)`, `policy` is `("policy", None)`. Raises ValueError where n is not 1 or more."""
+    name, mark, every = arm.partition("@")
+    if not mark:
+        return arm, None
+    if not every.isdecimal() or int(every) < 1:
+        raise ValueError(f"arm {arm!r}: expected ARM or ARM@n, n steps between decisions, 1 or more")
+    return name, int(every)
+
+
 @dataclass(frozen=True)
 class Frame:
     """What the policy made of B observations.
@@ -68,10 +78,10 @@ class Advisor:
         gates: margin by mode; inf keeps the policy's chunk. A mode that is missing has a shut gate, but for `rerank`,
             which falls back to the reranker's own margin, and for `retrieve`, the plain baseline, which has none.
         gripper_dims, scale: of the noise, see `candidates.propose`.
-        tasks: recommended mode by instruction; a mode that this checkpoint cannot run is an error.
+        tasks: recommended arm by instruction, `ARM` or `ARM@n`, one of `arms`.
 
     Raises:
-        ValueError: `tasks` names a mode that there is not.
+        ValueError: `tasks` names an arm that this checkpoint cannot run.
     """
 
     def __init__(
@@ -89,9 +99,9 @@ class Advisor:
         own = {} if reranker is None else {"rerank": reranker.margin}
         self.gates = {**dict.fromkeys(self.modes, math.inf), **own, **(gates or {}), "retrieve": 0.0}
 
-        if unknown := {*self.tasks.values()} - {*self.modes}:
+        if unknown := {split_arm(arm)[0] for arm in self.tasks.values()} - {*self.arms}:
             raise ValueError(
-                f"recommended are {', '.join(sorted(unknown))}, the checkpoint has {', '.join(self.modes) or 'none'}: "
+                f"recommended are {', '.join(sorted(unknown))}, the checkpoint has {', '.join(self.arms)}: "
                 "run vla-energy preflight again"
             )
 
@@ -101,6 +111,11 @@ class Advisor:
         head = () if self.reranker is None else HEAD_MODES
         memory = () if self.memory is None else MEMORY_MODES
         return head + memory + ((BOTH,) if head and memory else ())
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """What a robot can be run with: the policy alone, the modes, and replanning by energy."""
+        return ("policy", *self.modes, *(() if self.reranker is None else ("replan",)))
 
     def decide(
         self,

@@ -16,6 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset-name", required=True, help="dataset whose held-out split is measured on")
     parser.add_argument("--split", default="val", help="split (default val); the memory must not hold it")
     parser.add_argument("--statistics", metavar="NAME", help="whose statistics, where the checkpoint has several")
+    parser.add_argument(
+        "--rollouts", nargs="+", default=[], metavar="FILE",
+        help="results of vla-energy rollout with this checkpoint and several arms: where there are any, the arm with "
+        "the most successes is recommended for the task; evaluate on other seeds",
+    )  # fmt: skip
     parser.add_argument("--max-frames", type=int, default=5_000, metavar="N", help="frames to look at (default 5000)")
     parser.add_argument("--out", required=True, metavar="DIR", help="preflight.json and preflight.html go there")
     parser.add_argument("--no-gates", action="store_true", help="do not write the calibrated gates into the checkpoint")
@@ -32,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from vla_energy.finetune.frames import FrameReader
     from vla_energy.gates import load_advisor, save_gates
     from vla_energy.preflight.measure import measure
+    from vla_energy.preflight.trials import read_trials
     from vla_energy.preflight.verdict import judge
     from vla_energy.report.preflight import write_page
     from vla_energy.rollout.summary import check_writable, to_json, write_json
@@ -57,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--split train: the memory holds these very frames and would find each itself; take a held-out split"
         )
+    trials = read_trials(args.rollouts, advisor.arms)
     measured = measure(advisor, reader.read(args.split, args.max_frames), args.seed)
     config = RerankConfig() if advisor.reranker is None else advisor.reranker.config.rerank
-    result = {"settings": _settings(args), **judge(measured, config)}
+    result = {"settings": _settings(args), **judge(measured, config, trials)}
     write_json(out / "preflight.json", result)
     write_page(result, out / "preflight.html")
     if not args.no_gates:
@@ -70,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("checkpoint", "dataset_name", "split", "max_frames", "seed")
+    names = ("checkpoint", "dataset_name", "split", "rollouts", "max_frames", "seed")
     return {name: getattr(args, name) for name in names}
 
 
@@ -80,5 +87,8 @@ def _text(result: dict[str, Any], out: Any) -> str:
     width = max((len(task) for task in result["tasks"]), default=0)
     for task, values in result["tasks"].items():
         effects = ", ".join(f"{mode} {100 * part['change']:+.0f} %" for mode, part in values["effects"].items())
-        lines.append(f"{task:{width}}  {values['use']:15}  L1 {effects}")
+        tried = values["trials"]
+        counts = "" if tried is None else "; " + ", ".join(f"{arm} {n}" for arm, n in tried["successes"].items())
+        counts += "" if tried is None else f" of {tried['episodes']}"
+        lines.append(f"{task:{width}}  {values['use']:15}  L1 {effects or 'not measured'}{counts}")
     return "\n".join([*lines, f"written to {out}/preflight.json and preflight.html"])

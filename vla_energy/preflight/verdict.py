@@ -1,124 +1,46 @@
 """From what was measured to calibrated gates and a verdict in words: which mode to use, or none, and why.
 
-One half of the held-out episodes sets each mode's margin, the other half tells what the mode does behind it. A mode
-is worth using where it takes at least `WORTH` off the policy's L1 and the interval over episodes excludes 0. Plain
-retrieval has no margin: its gate is the task. It is preferred where it is worth using, although choosing among
+A mode is worth using where it takes at least `WORTH` off the policy's L1 and the interval over episodes excludes 0.
+Plain retrieval has no margin: its gate is the task. It is preferred where it is worth using, although choosing among
 retrieved chunks by energy often has the lower L1: in closed loop the choice by energy stays near the policy's chunk
-where the policy is stuck (docs/does-it-help.md).
+where the policy is stuck (docs/does-it-help.md). Where episodes were tried, they decide.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_energy.calibrate import calibrate_margin
 from vla_energy.config import RerankConfig
-from vla_energy.preflight.measure import Measured, ModeRecord
+from vla_energy.modes import split_arm
+from vla_energy.preflight.effects import WORTH, Effect, calibrate, effect, halves
+from vla_energy.preflight.measure import Measured
+from vla_energy.preflight.trials import Trials
 
-WORTH = 0.1
-"""Share of the policy's L1 that a mode must take away over all tasks to be worth using."""
 TASK_WORTH = 0.25
-"""The same for one task, told by its few episodes alone; on a task with 0.13 retrieval cost 20 points of success."""
+"""`WORTH` for one task, told by its few episodes alone; on a task with 0.13 retrieval cost 20 points of success."""
 _LATE = 1.5  # ratio of late to early error from which shorter chunks are advised
-_RESAMPLES = 2_000
 _HEADROOM = 0.1  # an oracle that takes away less than this leaves nothing to choose
 
 
-@dataclass(frozen=True)
-class Effect:
-    """A gated mode on held-out frames that did not set its margin.
-
-    Attributes:
-        frames, episodes: how many.
-        l1_policy, l1_gated, l1_oracle: normalised units; the oracle takes the best candidate of each frame.
-        change: `l1_gated / l1_policy - 1`, negative is better.
-        interval: its 95 percent bootstrap interval over episodes.
-        gap_closed: share of `l1_policy - l1_oracle` that the mode closes; None where there is no gap.
-        accepted: share of frames on which the gate takes the proposal.
-        worse: share of those whose L1 is above the policy's; None where none is taken.
-    """
-
-    frames: int
-    episodes: int
-    l1_policy: float
-    l1_gated: float
-    l1_oracle: float
-    change: float
-    interval: tuple[float, float]
-    gap_closed: float | None
-    accepted: float
-    worse: float | None
-
-    @property
-    def helps(self) -> bool:
-        """Whether the mode is worth using."""
-        return self.change <= -WORTH and self.interval[1] < 0
-
-
-def halves(episodes: Tensor) -> tuple[Tensor, Tensor]:
-    """`(M,)` bool of frames that calibrate and of those that judge: every other episode.
-
-    Raises:
-        ValueError: fewer than two episodes.
-    """
-    _, rank = episodes.unique(return_inverse=True)
-    if int(rank.max()) < 1:
-        raise ValueError("preflight needs frames of two episodes or more: one half sets the gates, the other judges")
-    return rank % 2 == 0, rank % 2 == 1
-
-
-def calibrate(measured: Measured, record: ModeRecord, rows: Tensor, config: RerankConfig) -> float:
-    """The mode's margin from the frames `rows` (bool); inf where none is safe enough. See `calibrate_margin`."""
-    energies = torch.stack([torch.zeros_like(record.gain), -record.gain.clamp(max=1e30)], 1)
-    distances = torch.stack([measured.policy_error, record.error], 1)
-    tolerance = config.tolerance * float(measured.policy_error[rows].mean())
-    return calibrate_margin(energies[rows], distances[rows], config.risk, tolerance=tolerance)
-
-
-def effect(measured: Measured, record: ModeRecord, margin: float, rows: Tensor) -> Effect:
-    """What the mode does behind `margin` on the frames `rows` (bool)."""
-    policy, proposed = measured.policy_error[rows], record.error[rows]
-    accepted = record.gain[rows] > margin
-    gated = torch.where(accepted, proposed, policy)
-    l1 = {name: float(error.mean()) for name, error in (("policy", policy), ("gated", gated))}
-    oracle = float(record.oracle[rows].mean())
-    gap = l1["policy"] - oracle
-    episodes = measured.episodes[rows]
-    low, high = _interval(policy, gated, episodes)
-    return Effect(
-        int(rows.sum()), len(episodes.unique()), l1["policy"], l1["gated"], oracle,
-        l1["gated"] / max(l1["policy"], 1e-12) - 1, (low, high),
-        (l1["policy"] - l1["gated"]) / gap if gap > 1e-9 else None,
-        float(accepted.float().mean()),
-        float((proposed > policy)[accepted].float().mean()) if accepted.any() else None,
-    )  # fmt: skip
-
-
-def _interval(policy: Tensor, gated: Tensor, episodes: Tensor) -> tuple[float, float]:
-    """95 percent bootstrap interval of the relative change, whole episodes drawn (Efron, 1979)."""
-    _, rank = episodes.unique(return_inverse=True)
-    count = int(rank.max()) + 1
-    sums = [torch.zeros(count, dtype=torch.float64).index_add_(0, rank, part.double()) for part in (policy, gated)]
-    draws = np.random.default_rng(0).integers(0, count, (_RESAMPLES, count))
-    before, after = (part.numpy()[draws].sum(1) for part in sums)
-    low, high = np.percentile(after / np.maximum(before, 1e-12) - 1, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def judge(measured: Measured, gates_config: RerankConfig) -> dict[str, Any]:
+def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, Trials] | None = None) -> dict[str, Any]:
     """Gates, effects overall and by task, and the verdict; JSON types but for margins, which may be inf.
+
+    Args:
+        measured: on held-out frames.
+        gates_config: risk and tolerance.
+        trials: episodes by instruction. Where there are any they decide on the task, whatever its L1 says.
 
     Returns:
         `gates` {mode: margin}, shut where the mode is not worth using; `modes` {mode: effect (behind the calibrated
-        margin), spearman, bands, sources, ms}; `tasks` {instruction: {use, effects}}; `policy` {l1, by_step, frames,
-        episodes, forward_ms}; `verdict` {use, reasons}.
+        margin), spearman, bands, sources, ms}; `tasks` {instruction: {use, effects, trials or None}}; `policy`
+        {l1, by_step, frames, episodes, forward_ms}; `verdict` {use, reasons}.
 
     Raises:
         ValueError: fewer than two episodes.
@@ -144,13 +66,30 @@ def judge(measured: Measured, gates_config: RerankConfig) -> dict[str, Any]:
         "episodes": len(measured.episodes.unique()),
         "forward_ms": measured.forward_milliseconds,
     }
+    tasks = _tasks(measured, gates, rest, use)
+    _try(tasks, trials or {})
+    open_gates = {"retrieve", *(mode for mode in gates if effects[mode].helps)}
+    # An arm that won its trials did so behind some margin: its gate is not shut because of its L1.
+    open_gates |= {split_arm(row["use"])[0] for row in tasks.values() if row["trials"]}
+    reasons = _reasons(use, effects, gates, measured) + _trial_reasons(trials or {}, tasks)
     return {
-        "verdict": {"use": use, "reasons": _reasons(use, effects, gates, measured)},
+        "verdict": {"use": use, "reasons": reasons},
         "policy": policy,
-        "gates": {mode: gates[mode] if mode == "retrieve" or effects[mode].helps else math.inf for mode in gates},
+        "gates": {mode: margin if mode in open_gates else math.inf for mode, margin in gates.items()},
         "modes": modes,
-        "tasks": _tasks(measured, gates, rest, use),
+        "tasks": tasks,
     }
+
+
+def _try(tasks: dict[str, Any], trials: Mapping[str, Trials]) -> None:
+    """Puts the arm that won the trials in the place of what held-out frames say; `policy` is `off`."""
+    for row in tasks.values():
+        row["trials"] = None
+    for task, found in trials.items():
+        row = tasks.setdefault(task, {"use": "off", "effects": {}})
+        best = found.best(row["use"])
+        row["use"] = "off" if best == "policy" else best
+        row["trials"] = {"episodes": found.episodes, "successes": found.successes}
 
 
 def _best(effects: dict[str, Effect]) -> str:
@@ -170,6 +109,19 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
         helps = use != "off" and found[use].change <= -TASK_WORTH
         table[task] = {"use": use if helps else "off", "effects": {mode: asdict(part) for mode, part in found.items()}}
     return table
+
+
+def _trial_reasons(trials: Mapping[str, Trials], tasks: dict[str, Any]) -> list[str]:
+    if not trials:
+        return []
+    episodes = sum(found.episodes for found in trials.values())
+    policy = sum(found.successes["policy"] for found in trials.values())
+    arms = {task: "policy" if tasks[task]["use"] == "off" else tasks[task]["use"] for task in trials}
+    best = sum(found.successes[arms[task]] for task, found in trials.items())
+    return [
+        f"{len(trials)} tasks were tried in {episodes} episodes an arm: the policy succeeds in {policy}, the best arm "
+        f"of each task in {best} (as it was chosen by these episodes, expect less)"
+    ]
 
 
 def _reasons(use: str, effects: dict[str, Effect], gates: dict[str, float], measured: Measured) -> list[str]:

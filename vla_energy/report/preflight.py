@@ -33,6 +33,7 @@ def write_page(result: Mapping[str, Any], out: str | Path) -> Path:
         table(("step", "L1"), enumerate(policy["by_step"], start=1)),
         "<h2>Tasks</h2>",
         table(("task", "use", "mode", "L1 policy", "L1 gated", "95% interval"), _tasks(result["tasks"])),
+        *_trials(result["tasks"]),
         details("Settings", result.get("settings", {})),
     ]  # fmt: skip
     Path(out).write_text(page("Preflight", body), encoding="utf-8")
@@ -75,3 +76,13 @@ def _tasks(tasks: Mapping[str, Any]) -> list[tuple[Any, ...]]:
         for task, values in tasks.items()
         for mode, found in values["effects"].items()
     ]
+
+
+def _trials(tasks: Mapping[str, Any]) -> list[str]:
+    tried = {task: values["trials"] for task, values in tasks.items() if values["trials"]}
+    rows = [
+        (task, tasks[task]["use"], arm, f"{count} of {found['episodes']}")
+        for task, found in tried.items()
+        for arm, count in found["successes"].items()
+    ]
+    return ["<h2>Trials</h2>", table(("task", "use", "arm", "successes"), rows)] if rows else []

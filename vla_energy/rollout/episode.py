@@ -36,6 +36,7 @@ class Episode:
     rows: list[int] = field(default_factory=list)
     executed: int = 0
     trace: Trace = field(default_factory=Trace)
+    instruction: str = ""
 
     def record(self) -> dict[str, Any]:
         """What the results keep of it, see `summary`."""
@@ -43,6 +44,7 @@ class Episode:
         values = {key: [float(d.telemetry[key]) for d in self.decisions if key in d.telemetry] for key in keys}
         return {
             "task": self.simulator.task,
+            "instruction": self.instruction,
             "seed": self.seed,
             "arm": self.arm,
             "success": self.success,
@@ -62,6 +64,9 @@ def decide_and_execute(policy: Policy, running: list[Episode], settings: Setting
         ValueError: the policy's answer has the wrong length, type or shape, or is not finite.
         SimulatorError: a simulator failed, died or hung.
     """
+    for episode in running:
+        if episode.observation is not None:
+            episode.instruction = episode.observation.instruction
     for arm in settings.arms:
         if batch := [episode for episode in running if episode.arm == arm]:
             _decide(policy, arm, batch)

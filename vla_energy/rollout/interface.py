@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from vla_energy.actions import RawActions
+from vla_energy.modes import split_arm
 from vla_energy.rollout.world import Observation
 
 ARMS = {
@@ -95,16 +96,6 @@ class Policy(Protocol):
             arm: how to choose, one of `arms`, without `@n`.
         """
         ...
-
-
-def split_arm(arm: str) -> tuple[str, int | None]:
-    """`policy@4` is `("policy", 4)`, `policy` is `("policy", None)`. Raises ValueError where n is not 1 or more."""
-    name, mark, every = arm.partition("@")
-    if not mark:
-        return arm, None
-    if not every.isdecimal() or int(every) < 1:
-        raise ValueError(f"arm {arm!r}: expected ARM or ARM@n, n steps between decisions, 1 or more")
-    return name, int(every)
 
 
 def check_arms(arms: Sequence[str], available: AbstractSet[str]) -> None:

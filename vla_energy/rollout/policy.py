@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
 from vla_energy.data.augment import center_crop
 from vla_energy.gates import load_advisor
-from vla_energy.modes import Frame, replan
+from vla_energy.modes import Frame, replan, split_arm
 from vla_energy.rollout.interface import Decision, Request, check_arms
 
 
@@ -61,9 +62,8 @@ class CheckpointPolicy:
     @property
     def arms(self) -> frozenset[str]:
         """`policy`, and what head and memory allow; see `interface.ARMS`."""
-        replanning = () if self._advisor.reranker is None else ("replan",)
         judged = ("recommended",) if self._advisor.tasks else ()
-        return frozenset({"policy", *self._advisor.modes, *replanning, *judged})
+        return frozenset({*self._advisor.arms, *judged})
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -104,12 +104,14 @@ class CheckpointPolicy:
         ]
 
     def _recommended(self, requests: Sequence[Request]) -> list[Decision]:
-        """Each row by what is recommended for its instruction; one forward pass for each mode among them."""
-        modes = [self._advisor.tasks.get(request.observation.instruction, "policy") for request in requests]
+        """Each row by what is recommended for its instruction; one forward pass for each arm among them."""
+        arms = [self._advisor.tasks.get(request.observation.instruction, "policy") for request in requests]
         decisions: dict[int, Decision] = {}
-        for mode in dict.fromkeys(modes):
-            rows = [row for row, name in enumerate(modes) if name == mode]
-            decisions.update(zip(rows, self.act([requests[row] for row in rows], mode), strict=True))
+        for arm in dict.fromkeys(arms):
+            name, every = split_arm(arm)
+            rows = [row for row, other in enumerate(arms) if other == arm]
+            for row, decision in zip(rows, self.act([requests[row] for row in rows], name), strict=True):
+                decisions[row] = replace(decision, execute=decision.execute or every)
         return [decisions[row] for row in range(len(requests))]
 
     def _others(self, arm: str, frame: Frame, requests: Sequence[Request]) -> dict[str, Source]:
