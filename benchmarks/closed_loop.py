@@ -23,7 +23,7 @@ import numpy as np
 from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.rollout.run import run_rollouts
-from vla_energy.rollout.statistics import paired_difference
+from vla_energy.rollout.statistics import PairedDifference, paired_difference
 from vla_energy.rollout.summary import write_json
 
 ARMS = ("policy", "policy@2", "policy@8", "retrieve", "rerank", "rerank+retrieve", "refine", "replan")
@@ -84,54 +84,77 @@ def arm_table(results: list[dict[str, Any]]) -> str:
 
 def task_table(result: dict[str, Any]) -> str:
     """Markdown: success of each arm on each task, in percent; `*` where it differs from the policy, p < 0.05."""
-    arms = result["settings"]["arms"]
+    episodes = result["episodes"]
+    arms = list(dict.fromkeys(episode["arm"] for episode in episodes))
     lines = ["| task | " + " | ".join(arms) + " |", "|" + "---|" * (len(arms) + 1)]
-    for task, summary in result["tasks"].items():
+    for task in result["tasks"]:
+        mine = [episode for episode in episodes if episode["task"] == task]
         cells = []
         for arm in arms:
-            found = summary["differences"].get(arm)
-            mark = "*" if found and found["p_value"] < 0.05 else ""
-            cells.append(f"{100 * summary['arms'][arm]['success']:.0f}{mark}")
+            success = [episode["success"] for episode in mine if episode["arm"] == arm]
+            found = None if not success or arm == "policy" else _paired(mine, arm, "policy")
+            mark = "*" if found and found.p_value < 0.05 else ""
+            cells.append(f"{100 * _mean(success):.0f}{mark}" if success else "")
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tuple[str, str, float, bool, bool]]:
-    """Task, verdict, measured difference of the mode it names (else `rerank+retrieve`), and whether they agree.
+def assemble(result: dict[str, Any], instructions: dict[str, str]) -> None:
+    """Adds the arm `recommended` where it was not run: it repeats the arm that the preflight names for the task."""
+    episodes = result["episodes"]
+    for task in result["tasks"]:
+        there = {episode["arm"] for episode in episodes if episode["task"] == task}
+        verdict = result["preflight"]["tasks"].get(instructions[task], {"use": "off"})
+        arm = "policy" if verdict["use"] == "off" else verdict["use"]
+        if "recommended" not in there and arm in there:
+            named = [episode for episode in episodes if (episode["task"], episode["arm"]) == (task, arm)]
+            episodes += [{**episode, "arm": "recommended"} for episode in named]
 
-    First surely: "use" is refuted where the mode's interval is below 0, "off" where it is above. Then strictly: "use"
+
+def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tuple[str, str, float, bool, bool]]:
+    """Task, verdict, measured difference to the policy, and whether they agree.
+
+    The difference is that of the arm which the verdict names; of the best arm that was run, where it says "off".
+    First surely: "use" is refuted where the interval is below 0, "off" where it is above. Then strictly: "use"
     asks for a difference above 0 (or 100 percent for both), "off" for one of 0 or less.
     """
     rows = []
-    for task, summary in result["tasks"].items():
+    for task in result["tasks"]:
         verdict = result["preflight"]["tasks"].get(instructions[task])
-        if verdict is None:
+        mine = [episode for episode in result["episodes"] if episode["task"] == task]
+        arms = {episode["arm"] for episode in mine} - {"policy", "recommended"}
+        used = verdict is not None and verdict["use"] != "off"
+        differences = [_paired(mine, arm, "policy") for arm in ([verdict["use"]] if used else sorted(arms))]
+        found = max((one for one in differences if one is not None), key=lambda one: one.difference, default=None)
+        if verdict is None or found is None:
             continue
-        mode = verdict["use"] if verdict["use"] != "off" else "rerank+retrieve"
-        found = summary["differences"].get(mode)
-        if found is None:
-            continue
-        used = verdict["use"] != "off"
-        change, (low, high) = found["difference"], found["interval"]
-        full = min(arm["success"] for name, arm in summary["arms"].items() if name in ("policy", mode)) == 1
+        change, (low, high) = found.difference, found.interval
+        full = change == 0 and all(episode["success"] for episode in mine if episode["arm"] == "policy")
         surely = high >= 0 if used else low <= 0
         rows.append((task, verdict["use"], change, surely, change > 0 or full if used else change <= 0))
     return rows
 
 
 def _against(episodes: list[dict[str, Any]], arm: str, other: str) -> str:
-    found = {name: {(e["checkpoint"], e["task"], e["seed"]): e["success"] for e in episodes if e["arm"] == name}
-             for name in (arm, other)}  # fmt: skip
-    if arm == other or not found[other]:
+    found = None if arm == other else _paired(episodes, arm, other)
+    if found is None:
         return ""
+    low, high = (100 * bound for bound in found.interval)
+    return f"{100 * found.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _paired(episodes: list[dict[str, Any]], arm: str, other: str) -> PairedDifference | None:
+    """Over the episodes that both have, strata are study and task; None where there is none."""
+    found = {name: {(e.get("study"), e["task"], e["seed"]): e["success"] for e in episodes if e["arm"] == name}
+             for name in (arm, other)}  # fmt: skip
     strata: dict[Any, tuple[list[bool], list[bool]]] = {}
-    for key in found[arm].keys() & found[other].keys():
+    for key in sorted(found[arm].keys() & found[other].keys()):
         mine, theirs = strata.setdefault(key[:2], ([], []))
         mine.append(found[arm][key])
         theirs.append(found[other][key])
-    difference = paired_difference([(np.array(mine), np.array(theirs)) for mine, theirs in strata.values()])
-    low, high = (100 * bound for bound in difference.interval)
-    return f"{100 * difference.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+    return (
+        paired_difference([(np.array(mine), np.array(theirs)) for mine, theirs in strata.values()]) if strata else None
+    )
 
 
 def _mean(values: Any) -> float:
@@ -148,20 +171,28 @@ def _read(path: Path) -> dict[str, Any]:
 
 def report(results: list[dict[str, Any]]) -> str:
     """All tables."""
-    from vla_energy.data.metaworld_env import instruction
-
     parts = []
     for number, result in enumerate(results, start=1):
         name = f"study {number}"
         for episode in result["episodes"]:
-            episode["checkpoint"] = name
+            episode["study"] = name
+        instructions = {task: _instruction(result, task) for task in result["tasks"]}
+        if "preflight" in result:
+            assemble(result, instructions)
         parts += [f"\n## {name}: {result['settings']['episodes']} episodes a task", task_table(result)]
         if "preflight" in result:
-            pairs = agreement(result, {task: instruction(task) for task in result["tasks"]})
+            pairs = agreement(result, instructions)
             right, strict = sum(row[3] for row in pairs), sum(row[4] for row in pairs)
             parts.append(f"\nThe verdict is not refuted on {right} of {len(pairs)} tasks, strictly right on {strict}:")
             parts += [f"- {task}: {use}, measured {100 * change:+.0f}" for task, use, change, *_ in pairs]
     return "\n".join(["## All", arm_table(results), *parts])
+
+
+def _instruction(result: dict[str, Any], task: str) -> str:
+    from vla_energy.data.metaworld_env import instruction
+
+    told = (episode.get("instruction") for episode in result["episodes"] if episode["task"] == task)
+    return next(filter(None, told), None) or instruction(task)  # results of earlier versions do not tell
 
 
 def main() -> None:
