@@ -200,6 +200,7 @@ def test_trials_overrule_the_held_out_error(tmp_path: Path) -> None:
     assert result["tasks"]["push"]["trials"] == {"episodes": 6, "successes": dict(zip(arms, (5, 2, 1, 0), strict=True))}
     assert any("24 episodes an arm: the policy succeeds in 11, the best arm of each task in 15" in reason
                for reason in result["verdict"]["reasons"])  # fmt: skip
+    assert result["verdict"]["use"] == "recommended" and "by task" in result["verdict"]["reasons"][0]
     write_page({**result, "settings": {}}, tmp_path / "page.html")
     assert "retrieve@8" in (tmp_path / "page.html").read_text()
 

@@ -40,7 +40,8 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     Returns:
         `gates` {mode: margin}, shut where the mode is not worth using; `modes` {mode: effect (behind the calibrated
         margin), spearman, bands, sources, ms}; `tasks` {instruction: {use, effects, trials or None}}; `policy`
-        {l1, by_step, frames, episodes, forward_ms}; `verdict` {use, reasons}.
+        {l1, by_step, frames, episodes, forward_ms}; `verdict` {use, reasons}; `use` is
+        `recommended`, by task, where an arm beat the policy in trials.
 
     Raises:
         ValueError: fewer than two episodes.
@@ -71,7 +72,9 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     open_gates = {"retrieve", *(mode for mode in gates if effects[mode].helps)}
     # An arm that won its trials did so behind some margin: its gate is not shut because of its L1.
     open_gates |= {split_arm(row["use"])[0] for row in tasks.values() if row["trials"]}
-    reasons = _reasons(use, effects, gates, measured) + _trial_reasons(trials or {}, tasks)
+    reasons = _reasons(use, effects, gates, measured)
+    if trials:
+        use, reasons = _with_trials(use, reasons, trials, tasks)
     return {
         "verdict": {"use": use, "reasons": reasons},
         "policy": policy,
@@ -111,17 +114,21 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
     return table
 
 
-def _trial_reasons(trials: Mapping[str, Trials], tasks: dict[str, Any]) -> list[str]:
-    if not trials:
-        return []
+def _with_trials(
+    use: str, reasons: list[str], trials: Mapping[str, Trials], tasks: dict[str, Any]
+) -> tuple[str, list[str]]:
+    """What is recommended in the light of the trials: by task, where an arm beat the policy on any."""
     episodes = sum(found.episodes for found in trials.values())
     policy = sum(found.successes["policy"] for found in trials.values())
     arms = {task: "policy" if tasks[task]["use"] == "off" else tasks[task]["use"] for task in trials}
     best = sum(found.successes[arms[task]] for task, found in trials.items())
-    return [
+    text = (
         f"{len(trials)} tasks were tried in {episodes} episodes an arm: the policy succeeds in {policy}, the best arm "
         f"of each task in {best} (as it was chosen by these episodes, expect less)"
-    ]
+    )
+    if best == policy:
+        return use, [reasons[0], text, *reasons[1:]]
+    return "recommended", [f"use recommended, by task: {text}", f"on held-out data alone: {reasons[0]}", *reasons[1:]]
 
 
 def _reasons(use: str, effects: dict[str, Effect], gates: dict[str, float], measured: Measured) -> list[str]:
@@ -132,10 +139,12 @@ def _reasons(use: str, effects: dict[str, Effect], gates: dict[str, float], meas
         text += f"{high:+.0f}), {100 * found.accepted:.0f} % of chunks replaced"
         if not math.isfinite(gates[mode]):
             text += "; no margin was safe on the calibration half, so its gate stays shut"
-        elif found.l1_oracle > (1 - _HEADROOM) * found.l1_policy:
+        elif mode != "retrieve" and found.l1_oracle > (1 - _HEADROOM) * found.l1_policy:
             text += (
                 f"; even the best candidate has {found.l1_oracle:.4f}, there is little to choose: its gate stays shut"
             )
+        elif not found.helps and mode == "retrieve":
+            text += f"; less than {100 * WORTH:.0f} % better, or not surely"
         elif not found.helps:
             text += f"; less than {100 * WORTH:.0f} % better, or not surely: its gate stays shut"
         reasons.append(text)
