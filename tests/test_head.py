@@ -123,7 +123,7 @@ def test_attention_equals_torchs() -> None:
 def test_a_centre_with_a_loss_of_its_own_gets_no_gradient_from_energies() -> None:
     torch.manual_seed(0)
     head, (context, mask, actions) = EnergyHead(D, A, H, EnergyConfig()), inputs()
-    energies, centres, _ = head((context, mask, actions[:, 0]), actions, training_output=True)
+    energies, centres = head((context, mask, actions[:, 0]), actions, training_output=True)[:2]
     own = (*head.scorer.correction.parameters(), *head.scorer.blind.parameters())
     assert all(g is None for g in torch.autograd.grad(energies.sum(), own, retain_graph=True, allow_unused=True))
     assert centres is not None
@@ -133,7 +133,7 @@ def test_a_centre_with_a_loss_of_its_own_gets_no_gradient_from_energies() -> Non
 
 def test_every_parameter_learns_and_scale_and_shift_of_actions_are_seen() -> None:
     head, (context, mask, actions) = make_head(), inputs()
-    energies, centres, _ = head((context, mask, actions[:, 0]), actions, training_output=True)
+    energies, centres = head((context, mask, actions[:, 0]), actions, training_output=True)[:2]
     assert centres is not None
     (energies.square().sum() + torch.stack([centre.square().sum() for centre in centres]).sum()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())

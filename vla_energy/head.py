@@ -20,6 +20,10 @@ from vla_energy.temperature import Temperature
 
 SCORERS = {"residual": ResidualScorer, "original": OriginalScorer}
 
+_BIAS_UNIT = 10.0
+"""Logits per unit of the outcome's bias: a step of Adam moves it by the learning rate, whatever the unit, and a bias of
+several logits must not take thousands of steps."""
+
 Encoded = EncodedContext | OriginalContext
 """What `EnergyHead.encode` returns: `len()` contexts, with `index(rows)`."""
 
@@ -31,11 +35,15 @@ class HeadOutput(NamedTuple):
         energies: `(B,N)`.
         centres: chunks `(B,H,A)` that the head predicts, each to be trained by a loss of its own; may be empty.
         temperature: of the logits: a number, or a 0-d tensor (with gradient if it is learnt).
+        executed: `(R,)` energies of chunks that rollouts executed; None without.
+        outcome_bias: 0-d, of the logit of success; None where the config has no outcome loss.
     """
 
     energies: Tensor
     centres: tuple[Tensor, ...]
     temperature: float | Tensor
+    executed: Tensor | None = None
+    outcome_bias: Tensor | None = None
 
 
 class EnergyHead(nn.Module):
@@ -45,7 +53,7 @@ class EnergyHead(nn.Module):
         context_dim: D, width of the context's hidden states.
         action_dim: A.
         horizon: H, steps of a chunk.
-        config: uses `config.head`, `config.range` and `config.temperature`.
+        config: uses `config.head`, `config.range`, `config.temperature`, and whether `config.rollouts` needs a bias.
     """
 
     def __init__(self, context_dim: int, action_dim: int, horizon: int, config: EnergyConfig) -> None:
@@ -56,6 +64,8 @@ class EnergyHead(nn.Module):
         self.context_dim, self.action_dim, self.horizon, self.config = (context_dim, action_dim, horizon, config)
         self.scorer: Any = SCORERS[config.head.name](context_dim, action_dim, horizon, config)
         self.temperature = Temperature(config.temperature)
+        # In the head, and used in its forward, so that checkpoints have it and DDP synchronises it.
+        self.outcome_bias = nn.Parameter(torch.zeros(())) if config.rollouts.learns_outcome else None
 
     def encode(self, context: Tensor, context_mask: Tensor, reference: Tensor | None = None) -> Encoded:
         """Reads the contexts once. Gradients reach `context` unless the caller detaches it.
@@ -82,7 +92,9 @@ class EnergyHead(nn.Module):
             visible = context[:, :length].float().masked_fill(~mask[..., None], 0.0)
             return self.scorer.encode(visible, mask, None if reference is None else reference.float())
 
-    def forward(self, context: Any, actions: Tensor, *, training_output: bool = False) -> Any:
+    def forward(
+        self, context: Any, actions: Tensor, *, training_output: bool = False, executed: Tensor | None = None
+    ) -> Any:
         """Energies `(B,N)` of `actions (B,N,H,A)`; with `training_output` a `HeadOutput`.
 
         Args:
@@ -90,24 +102,39 @@ class EnergyHead(nn.Module):
                 call; in training under DDP take the latter, through the wrapper and once a step, so that gradients
                 are synchronised.
             actions: normalised chunks.
+            executed: `(R,H,A)` chunks of rollouts, for the output's `executed`: `context` then holds B + R contexts,
+                the last R theirs, so that a step is one call. Needs `training_output`.
 
         Raises:
             TypeError: `actions` is no tensor, for example `RawActions`.
             ValueError: wrong shapes; see also `encode`.
         """
         self._check_actions(actions, "(B,N,H,A)", 4)
+        if executed is not None:
+            self._check_actions(executed, "(R,H,A)", 3)
+            if not training_output:
+                raise ValueError("executed chunks are for training alone: they need training_output=True")
         encoded = self.encode(*context) if isinstance(context, tuple) else context
-        if len(encoded) != len(actions):
-            raise ValueError(f"{len(encoded)} contexts but {len(actions)} rows of actions")
+        rows, extra = len(actions), 0 if executed is None else len(executed)
+        if len(encoded) != rows + extra:
+            more = f" and {extra} executed chunks" if extra else ""
+            raise ValueError(f"{len(encoded)} contexts but {rows} rows of actions{more}")
         with torch.autocast(actions.device.type, enabled=False):
-            energies = self.scorer.energies(encoded, actions.float())
+            own = encoded if executed is None else encoded.index(slice(rows))
+            energies = self.scorer.energies(own, actions.float())
             if not training_output:
                 return energies
-            return HeadOutput(energies, self.scorer.centres(encoded), self.temperature(energies))
+            output = HeadOutput(energies, self.scorer.centres(own), self.temperature(energies))
+            if executed is None:
+                return output
+            energy = self.scorer.energies(encoded.index(slice(rows, None)), executed.float()[:, None])[:, 0]
+            bias = None if self.outcome_bias is None else _BIAS_UNIT * self.outcome_bias
+            return output._replace(executed=energy, outcome_bias=bias)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """For an optimiser: a learnt temperature apart, as weight decay would pull it to 1."""
+        """For an optimiser: a learnt temperature and the outcome's bias apart, as decay would pull them to 1 and 0."""
         own = list(self.temperature.parameters())
+        own += [] if self.outcome_bias is None else [self.outcome_bias]
         groups: list[dict[str, Any]] = [{"params": list(self.scorer.parameters())}]
         return groups + ([{"params": own, "weight_decay": 0.0}] if own else [])
 

@@ -219,6 +219,60 @@ def anchor(energies: Tensor, valid: Tensor | None = None) -> Tensor:
     return torch.where(valid, energies, torch.zeros_like(energies)).square().sum() / valid.sum().clamp_min(1)
 
 
+def outcome(
+    energies: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    bias: float | Tensor = 0.0,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Binary cross entropy between `sigmoid(-E / temperature + bias)` of executed chunks and what came of them.
+
+    A success classifier whose logit is the negative energy. Its floor is the targets' mean entropy, not 0. Unlike the
+    row-wise losses it sees an offset of E; `bias`, the same in all contexts, takes the level that `anchor` holds E at,
+    so the two do not pull against each other. The gradient of each energy is bounded
+    by 1 / temperature.
+
+    Args:
+        energies: `(R,)` of one executed chunk a frame.
+        targets: `(R,)` in [0, 1], see `outcome_targets`. No gradient is taken.
+        bias: in logits.
+        valid: `(R,)` bool; a frame that is not takes no part, whatever its energy. None: all are.
+
+    Returns:
+        0-d tensor, the mean over valid frames; 0 if there are none.
+
+    Raises:
+        ValueError: `targets` or `valid` is not of the energies' shape.
+    """
+    used = torch.ones_like(energies, dtype=torch.bool) if valid is None else valid
+    targets = _only(_like(energies, targets, "targets"), _like(energies, used, "valid"))
+    logits = logits_of(_only(energies, used), temperature) + bias
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return _only(each, used).sum() / used.sum().clamp_min(1)
+
+
+def outcome_targets(success: Tensor, remaining: Tensor, discount: float) -> Tensor:
+    """`discount**remaining` in solved episodes, 0 in failed ones: the discounted return of a reward of 1 at the end.
+
+    Args:
+        success: `(R,)` bool, of the frame's episode.
+        remaining: `(R,)` steps that follow in the episode.
+        discount: per step, 0 to 1; 0 leaves 1 at a solved episode's last step alone.
+
+    Returns:
+        `(R,)` float32.
+
+    Raises:
+        ValueError: a discount outside [0, 1], or shapes that differ.
+    """
+    if not 0 <= discount <= 1 or success.shape != remaining.shape:
+        shapes = f"success {tuple(success.shape)}, remaining {tuple(remaining.shape)}"
+        raise ValueError(f"discount={discount}, {shapes}: expected 0 <= discount <= 1 and equal shapes")
+    returns = torch.full_like(remaining, discount, dtype=torch.float32) ** remaining
+    return _only(returns, success)
+
+
 @torch.no_grad()
 def log_frequency(chunks: Tensor, width: float) -> Tensor:
     """`log(mean over the M chunks of exp(-distance / width))`: how common each chunk is among them, for `log_q`.

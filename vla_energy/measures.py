@@ -51,6 +51,21 @@ def wins_and_pairs(energies: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return (score * counted).sum(), counted.sum()
 
 
+def success_auc(energies: Tensor, success: Tensor, valid: Tensor) -> Tensor:
+    """Share of pairs (solved, failed) in which the solved frame has the lower energy, 0-d; 0.5 where there is no pair.
+
+    The area under the ROC curve of success predicted by low energy. A tie counts half; a pair with a NaN is lost.
+
+    Args:
+        energies: `(R,)`.
+        success, valid: `(R,)` bool; frames that are not valid are left out.
+    """
+    lower, tie = (compare(energies[:, None], energies[None]) for compare in (torch.lt, torch.eq))
+    pairs = (success & valid)[:, None] & (~success & valid)[None]
+    won = ((lower.float() + 0.5 * tie.float()) * pairs).sum()
+    return torch.where(pairs.any(), won / pairs.sum().clamp_min(1), torch.full_like(won, 0.5))
+
+
 def _average_ranks(values: Tensor) -> Tensor:
     """Ranks `(B,N)` from 1 in float64; equal values share the mean of their ranks."""
     below = (values[:, None, :] < values[:, :, None]).sum(2)

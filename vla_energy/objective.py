@@ -12,7 +12,9 @@ from vla_energy import losses
 from vla_energy.config import EnergyConfig, checks
 from vla_energy.head import HeadOutput
 from vla_energy.landscape import descent_alignment
-from vla_energy.sources import ActionTraits, NegativeSet, build_negatives
+from vla_energy.measures import success_auc
+from vla_energy.outcomes import RolloutFrames, failed_chunks, join_contexts
+from vla_energy.sources import ActionTraits, NegativeSet, add_failed, build_negatives
 from vla_energy.training_metrics import energy_metrics
 
 
@@ -24,10 +26,14 @@ class EnergyObjective:
     is where reranking chooses. An anchor on E^2 (`config.range.anchor_weight`) removes the null direction that both
     share, an offset that depends on the context alone.
 
+    With recorded rollouts (`config.rollouts`) the energies of executed chunks predict success, and chunks of failed
+    episodes are negatives of demonstrations. Their contexts join the demonstrations' in the same call of the head.
+
     Args:
-        head: called as `head((context, context_mask, reference), actions (B,N,H,A), training_output=True)`, once a
-            step, so that a DDP-wrapped head synchronises its gradients. The objective owns no parameters.
-        config: uses `negatives`, `loss`, `range` and `head`.
+        head: called as `head((context, context_mask, reference), actions (B,N,H,A), training_output=True)`, with
+            `executed` where there are rollouts, once a step, so that a DDP-wrapped head synchronises its gradients.
+            The objective owns no parameters.
+        config: uses `negatives`, `loss`, `range`, `head` and `rollouts`.
         traits: of the action space, for sources that scale or flip its dimensions.
     """
 
@@ -43,6 +49,7 @@ class EnergyObjective:
         generator: torch.Generator,
         step: int = 0,
         retrieved: Tensor | None = None,
+        rollouts: RolloutFrames | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, with gradients to the head alone, and metrics as 0-d tensors without gradient.
 
@@ -54,10 +61,14 @@ class EnergyObjective:
             generator: draws the negatives, and the rows that get no reference.
             step: optimiser step, for schedules.
             retrieved: `(B,K,H,A)` chunks of remembered contexts, where `negatives.retrieved` is on.
+            rollouts: frames of recorded rollouts, where `config.rollouts` is on; detached here.
 
         Raises:
-            ValueError: the shapes do not fit together.
+            ValueError: the shapes do not fit together, or rollouts are on and not given, or given and off.
         """
+        if (rollouts is not None) != bool(self.config.rollouts.dataset):
+            given = "no frames of rollouts are given" if rollouts is None else "frames of rollouts are given"
+            raise ValueError(f"rollouts.dataset={self.config.rollouts.dataset!r}, but {given}")
         policy = layer_actions[:, -1].detach().float()
         inputs = (context.detach(), context_mask, self._reference(policy, generator))
         negatives = build_negatives(
@@ -70,12 +81,18 @@ class EnergyObjective:
             energy_fn=lambda chunks: getattr(self.head, "module", self.head)(inputs, chunks),
             retrieved=retrieved,
         )
+        if rollouts is not None and self.config.rollouts.failed:
+            failed = failed_chunks(rollouts, policy, self.config.rollouts.failed)
+            negatives = add_failed(negatives, *failed, expert, self.config.negatives.near_positive_threshold)
         chunks = torch.cat([expert.detach().float()[:, None], negatives.chunks], 1)
-        output: HeadOutput = self.head(inputs, chunks, training_output=True)
+        output = self._call_head(inputs, chunks, rollouts)
         centre_errors: list[Tensor] = [(centre - chunks[:, 0]).abs().mean() for centre in output.centres]
         loss, parts = self._ranking_loss(output, negatives, chunks, step)
         if self.config.loss.centre:
             loss = loss + self.config.loss.centre * sum(centre_errors)
+        if rollouts is not None and output.executed is not None and output.outcome_bias is not None:
+            parts |= self._outcome(output.executed, output.outcome_bias, output.temperature, rollouts)
+            loss = loss + self.config.rollouts.outcome * parts["outcome"]
         with torch.no_grad():
             parts |= {"loss": loss, **{f"centre_l1_{i}": error for i, error in enumerate(centre_errors)}}
             metrics = {f"energy/{name}": torch.as_tensor(value).detach() for name, value in parts.items()}
@@ -97,11 +114,31 @@ class EnergyObjective:
         drawn = torch.rand(len(policy), generator=generator, device=generator.device).to(policy)
         return policy.masked_fill((drawn < self.config.head.blind_share)[:, None, None], math.nan)
 
+    def _call_head(
+        self, inputs: tuple[Tensor, Tensor, Tensor], chunks: Tensor, rollouts: RolloutFrames | None
+    ) -> HeadOutput:
+        """One call for demonstrations and rollouts. Rollouts keep their reference: it is there where a head is used."""
+        if rollouts is None or not self.config.rollouts.learns_outcome:
+            return self.head(inputs, chunks, training_output=True)
+        theirs = (rollouts.context.detach(), rollouts.context_mask, rollouts.policy.detach().float())
+        return self.head(join_contexts(inputs, theirs), chunks, training_output=True, executed=rollouts.executed)
+
+    def _outcome(
+        self, energies: Tensor, bias: Tensor, temperature: float | Tensor, rollouts: RolloutFrames
+    ) -> dict[str, Tensor]:
+        """The outcome loss, unweighted, and what tells whether it learns."""
+        targets = losses.outcome_targets(rollouts.success, rollouts.remaining, self.config.rollouts.discount)
+        return {
+            "outcome": losses.outcome(energies, targets, temperature, bias, rollouts.whole),
+            "outcome_auc": success_auc(energies.detach(), rollouts.success, rollouts.whole),
+            "outcome_bias": bias,
+        }
+
     def _ranking_loss(
         self, output: HeadOutput, negatives: NegativeSet, chunks: Tensor, step: int
     ) -> tuple[Tensor, dict[str, Any]]:
         """The weighted sum of all losses on energies, and each of them, unweighted, by name."""
-        config, (energies, _, temperature) = self.config.loss, output
+        config, energies, temperature = self.config.loss, output.energies, output.temperature
         valid, distances = nn.functional.pad(negatives.valid, (1, 0), value=True), _pad(negatives.distances, 0.0)
         weight = _pad(negatives.weight, 1.0)
         alpha = losses.mixed_alpha(step, config.mix_steps)
@@ -135,7 +172,7 @@ class EnergyObjective:
         names = self.config.loss.margin_sources if name == "margin" else ()
         known = f"among what is drawn here: {', '.join(negatives.sources)}"
         checks.require(set(names) <= set(negatives.sources), "loss.margin_sources", names, known)
-        columns = torch.full((1 + len(negatives.weight),), not names, device=negatives.weight.device)
+        columns = torch.full((1 + negatives.weight.shape[-1],), not names, device=negatives.weight.device)
         for source in names:
             columns[1:][negatives.sources[source]] = True
         columns[0] = True

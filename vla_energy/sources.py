@@ -60,9 +60,9 @@ class NegativeSet:
     Attributes:
         chunks: `(B,N,H,A)` normalised, float32, no gradient.
         valid: `(B,N)` bool, False where a chunk is so near the expert's that it is none (one-hot losses leave it out),
-            and where a row's pool had no valid chunk left for a column of `hard`.
+            and where a row's pool had no valid chunk left for a column of `hard`, or of `failed`.
         distances: `(B,N)` to the expert's chunk, see `chunk_distance`.
-        weight: `(N,)`.
+        weight: `(N,)`; `(B,N)` with `failed`, 0 where a row has no such chunk.
         sources: the columns of each source, and those of single layers as `layer_exit_<k>` within `layer_exits`.
         empty: sources that are switched on but gave no column.
     """
@@ -116,6 +116,33 @@ def build_negatives(
     if config.retrieved.count:
         drawn["retrieved"] = _retrieved(batch, retrieved)
     return _stack(batch, drawn, filled)
+
+
+def add_failed(negatives: NegativeSet, chunks: Tensor, there: Tensor, expert: Tensor, threshold: float) -> NegativeSet:
+    """With chunks of failed rollouts as a last source, `failed`: graded and masked by distance as the others are.
+
+    Args:
+        chunks: `(B,F,H,A)` normalised.
+        there: `(B,F)` bool; elsewhere the chunk counts in no loss.
+        expert: `(B,H,A)` normalised.
+        threshold: `negatives.near_positive_threshold`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    distances = chunk_distance(chunks, expert)
+    if there.shape != distances.shape or there.dtype != torch.bool:
+        raise ValueError(f"there {there.dtype} {tuple(there.shape)}: expected bool {tuple(distances.shape)}")
+    start = negatives.chunks.shape[1]
+    weight = torch.cat([negatives.weight.expand(len(chunks), -1), there.to(negatives.weight)], 1)
+    return NegativeSet(
+        torch.cat([negatives.chunks, chunks.detach().to(negatives.chunks)], 1),
+        torch.cat([negatives.valid, there & (distances >= threshold)], 1),
+        torch.cat([negatives.distances, distances], 1),
+        weight,
+        {**negatives.sources, "failed": slice(start, start + chunks.shape[1])},
+        negatives.empty,
+    )
 
 
 def check_sources(

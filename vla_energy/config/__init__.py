@@ -36,7 +36,7 @@ from vla_energy.config.negatives import (
     ShuffleConfig,
 )
 from vla_energy.config.presets import PRESETS
-from vla_energy.config.training import GuardConfig, LossConfig, MonitorConfig, TemperatureConfig
+from vla_energy.config.training import GuardConfig, LossConfig, MonitorConfig, RolloutsConfig, TemperatureConfig
 
 __all__ = [
     "PRESETS",
@@ -62,6 +62,7 @@ __all__ = [
     "RerankConfig",
     "RetrievalConfig",
     "RetrievedConfig",
+    "RolloutsConfig",
     "ShiftConfig",
     "ShuffleConfig",
     "TemperatureConfig",
@@ -84,6 +85,7 @@ class EnergyConfig:
     temperature: TemperatureConfig = field(default_factory=TemperatureConfig)
     negatives: NegativesConfig = field(default_factory=NegativesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    rollouts: RolloutsConfig = field(default_factory=RolloutsConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     candidates: CandidatesConfig = field(default_factory=CandidatesConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)

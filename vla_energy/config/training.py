@@ -1,4 +1,4 @@
-"""Settings of the losses, the temperature, the guarded optimiser step and the monitors."""
+"""Settings of the losses, the temperature, recorded rollouts, the guarded optimiser step and the monitors."""
 
 from dataclasses import dataclass
 
@@ -87,6 +87,44 @@ class LossConfig:
             checks.require(known, "loss.margin_sources", source, expected)
         checks.count("loss.mix_steps", self.mix_steps)
         checks.flag("loss.log_q", self.log_q)
+
+
+@dataclass
+class RolloutsConfig:
+    """What the head learns from recorded rollouts, solved and failed; the policy never learns from them.
+
+    Attributes:
+        dataset: RLDS dataset under `data_root_dir`, of `vla-energy rollout --record` or any with
+            `episode_metadata/success`; empty is off.
+        batch_size: frames of it a step and accumulation step, drawn evenly over all its frames.
+        discount: per step; a frame of a solved episode has the target `discount**remaining`.
+        outcome: weight of the outcome loss, see `losses.outcome`; 0 turns it off.
+        failed: at most so many chunks executed in failed episodes of the same instruction are negatives of a
+            demonstration's frame; 0 is off.
+    """
+
+    dataset: str = ""
+    batch_size: int = 16
+    discount: float = 0.99
+    outcome: float = 0.02
+    failed: int = 4
+
+    def __post_init__(self) -> None:
+        checks.require(isinstance(self.dataset, str), "rollouts.dataset", self.dataset, "a dataset's name, or empty")
+        checks.count("rollouts.batch_size", self.batch_size, 1)
+        inside = checks.is_number(self.discount) and 0 <= self.discount <= 1
+        checks.require(inside, "rollouts.discount", self.discount, "0 <= discount <= 1")
+        checks.not_negative("rollouts.outcome", self.outcome)
+        checks.count("rollouts.failed", self.failed)
+        used = not self.dataset or self.outcome > 0 or self.failed > 0
+        checks.require(used, "rollouts.outcome, failed", (self.outcome, self.failed), "at least one above 0")
+        fits = not self.dataset or self.failed <= self.batch_size
+        checks.require(fits, "rollouts.failed", self.failed, f"at most rollouts.batch_size={self.batch_size}")
+
+    @property
+    def learns_outcome(self) -> bool:
+        """Whether the outcome loss is on."""
+        return bool(self.dataset) and self.outcome > 0
 
 
 @dataclass

@@ -101,6 +101,21 @@ class RldsDataset:
         self._horizon, self._image_aug, self._seed, self._num_threads = horizon, image_aug, seed, num_threads
         self._buffer = min(shuffle_buffer_size, self.num_frames)
 
+    def episode_outcomes(self) -> np.ndarray:
+        """Whether each episode of the split succeeded, `(E,)` bool in stored order, by one pass without images.
+
+        Raises:
+            DatasetError: the dataset does not say, or a shard cannot be read.
+        """
+        if not self._source.has_success:
+            raise DatasetError(
+                f"{self._source.folder} does not say which episodes succeeded: it has no number "
+                "`episode_metadata/success`, as datasets of `vla-energy rollout --record` have"
+            )
+        with self._source.reading(self._shards):
+            episodes = self._source.episodes(self._shards).as_numpy_iterator()
+            return np.array([bool(episode["success"]) for episode in episodes])
+
     def _check_images(self, image_size: tuple[int, int] | None) -> tuple[int, int]:
         """The size of the images given, `(h, w)`."""
         shapes = [self._source.feature(f"observation/{key}", "image key").shape for key in self._image_keys]

@@ -15,7 +15,7 @@ from vla_energy.backbones.config import ComponentError
 from vla_energy.backbones.lora import add_lora
 from vla_energy.backbones.openvla import LayerExits
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
-from vla_energy.data import RldsDataset, dataset_config
+from vla_energy.data import DatasetError, RldsDataset, dataset_config
 from vla_energy.data.augment import center_crop
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
 from vla_energy.head import EnergyHead
@@ -82,6 +82,50 @@ def open_split(config: FinetuneConfig, vla: LoadedVLA, split: str, statistics: D
         shuffle_buffer_size=config.shuffle_buffer_size if training else 10_000,
         seed=config.seed,
     )
+
+
+def open_rollouts(config: FinetuneConfig, vla: LoadedVLA, statistics: DatasetStatistics) -> RldsDataset | None:
+    """The recorded rollouts of `energy.rollouts`, read as the demonstrations are; None where they are off.
+
+    All their episodes are read: none is held out.
+
+    Raises:
+        FlagError: the dataset cannot be read, does not fit, or has not the outcomes that what is on needs.
+    """
+    rollouts = config.energy.rollouts
+    if not (config.energy.enabled and rollouts.dataset):
+        return None
+    where = f"--energy.rollouts.dataset {rollouts.dataset}"
+    try:
+        data = RldsDataset(
+            data_root(config),
+            rollouts.dataset,
+            "train",
+            vla.horizon,
+            num_images=config.num_images_in_input,
+            use_proprio=config.use_proprio,
+            config=dataset_config(rollouts.dataset, config.dataset_config),
+            statistics=statistics,
+            image_size=vla.processor.image_size,
+            image_aug=config.image_aug,
+            shuffle_buffer_size=config.shuffle_buffer_size,
+            seed=config.seed,
+            val_fraction=0.0,
+            outcomes=True,
+        )
+        solved = data.episode_outcomes()
+    except DatasetError as error:
+        raise FlagError(f"{where}: {error}") from error
+    if rollouts.failed and solved.all():
+        raise FlagError(f"{where}: all {len(solved)} episodes succeeded: --energy.rollouts.failed must be 0")
+    if rollouts.outcome and solved.all() == solved.any():
+        kind = "succeeded" if solved.all() else "failed"
+        raise FlagError(
+            f"{where}: all {len(solved)} episodes {kind}: there is no outcome to tell apart; record more, or set "
+            "--energy.rollouts.outcome 0"
+        )
+    logger.info("%s: %d of %d episodes succeeded", where, solved.sum(), len(solved))
+    return data
 
 
 def prepare(config: FinetuneConfig) -> Job:
@@ -175,6 +219,11 @@ def make_head(config: FinetuneConfig, vla: LoadedVLA) -> EnergyHead:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         return EnergyHead(vla.context_dim, vla.action_dim, vla.horizon, config.energy)
+
+
+def autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
+    """bf16 where the flags say so; the head opts out by itself."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
 
 
 def _device(name: str) -> torch.device:

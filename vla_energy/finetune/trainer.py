@@ -19,10 +19,21 @@ from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.monitor import Monitor
-from vla_energy.finetune.setup import Batch, layer_exits, make_head, open_split, prepare, vla_folder
+from vla_energy.finetune.rollouts import RolloutStream
+from vla_energy.finetune.setup import (
+    Batch,
+    autocast,
+    layer_exits,
+    make_head,
+    open_rollouts,
+    open_split,
+    prepare,
+    vla_folder,
+)
 from vla_energy.guard import GuardedOptimizer
 from vla_energy.memory import PREFIX, ChunkMemory, check_memory
 from vla_energy.objective import EnergyObjective
+from vla_energy.outcomes import RolloutFrames
 from vla_energy.sources import ActionTraits, check_sources
 
 logger = logging.getLogger(__name__)
@@ -45,6 +56,7 @@ class Trainer:
         self.job = prepare(config)
         # Opened now, so that a broken held-out shard is told before training and not after it.
         self.held_out = open_split(config, self.job.vla, "val", self.job.statistics) if config.use_val_set else None
+        self.rollouts = open_rollouts(config, self.job.vla, self.job.statistics)
         self.trains_policy = not config.energy.freeze_backbone
         self.parameters = [p for p in self.job.vla.parameters() if p.requires_grad]
         self.optimizer = (
@@ -107,10 +119,12 @@ class Trainer:
         accumulate = config.grad_accumulation_steps
         batches = self.job.train.batches(config.batch_size, skip=self.step * accumulate)
         bar = tqdm(total=config.max_steps, initial=self.step, disable=None, unit="step")
-        with MetricLog(config, self.step) as log, contextlib.closing(batches), bar:
+        recorded = self._start_rollouts()
+        reading = contextlib.nullcontext() if recorded is None else contextlib.closing(recorded)
+        with MetricLog(config, self.step) as log, contextlib.closing(batches), reading, bar:
             while self.step < config.max_steps:
                 started = time.perf_counter()
-                metrics = self.train_step(batches)
+                metrics = self.train_step(batches, recorded)
                 self.step += 1
                 frames = config.batch_size * accumulate / (time.perf_counter() - started)
                 bar.update()
@@ -142,7 +156,15 @@ class Trainer:
             logger.error("validation failed; saved %s", checkpoints.save(self))
             raise
 
-    def train_step(self, batches: Iterator[dict[str, Any]]) -> dict[str, Tensor | float]:
+    def _start_rollouts(self) -> RolloutStream | None:
+        """The second stream, where this run's next step takes it up; None where rollouts are off."""
+        if self.rollouts is None:
+            return None
+        return RolloutStream(self.rollouts, self.job, self.config, self.step * self.config.grad_accumulation_steps)
+
+    def train_step(
+        self, batches: Iterator[dict[str, Any]], recorded: RolloutStream | None = None
+    ) -> dict[str, Tensor | float]:
         """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
         metrics: dict[str, Tensor | float] = {}
         seen = None
@@ -150,8 +172,9 @@ class Trainer:
             raw = next(batches)
             batch = self.job.to_batch(raw)
             output = self._forward_policy(batch, metrics)
+            frames = None if recorded is None else recorded.next(raw["instructions"])
             started = time.perf_counter()
-            seen = self._backward_energy(output, batch, raw["episode"], metrics)
+            seen = self._backward_energy(output, batch, raw["episode"], metrics, frames)
             metrics["energy/ms"] = 1e3 * (time.perf_counter() - started)  # of the host's time: a GPU works on behind it
         if self.optimizer is not None:
             self._step_policy()
@@ -166,7 +189,7 @@ class Trainer:
         """Forward, and backward where the policy is trained; adds the L1 metrics."""
         exits = layer_exits(self.config)
         vla = self.job.vla.train(self.trains_policy)
-        with torch.set_grad_enabled(self.trains_policy), self.autocast():
+        with torch.set_grad_enabled(self.trains_policy), autocast(self.config, self.job.device):
             output = vla(batch, exits)
         errors = (output.actions.float() - batch["actions"]).abs()
         loss = errors.mean()
@@ -179,7 +202,12 @@ class Trainer:
         return output
 
     def _backward_energy(
-        self, output: VLAOutput, batch: Batch, episodes: Any, metrics: dict[str, Tensor | float]
+        self,
+        output: VLAOutput,
+        batch: Batch,
+        episodes: Any,
+        metrics: dict[str, Tensor | float],
+        rollouts: RolloutFrames | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Forward and backward of the objective; adds its metrics and returns what it saw."""
         if self.objective is None:
@@ -187,7 +215,7 @@ class Trainer:
         assert output.layer_actions is not None
         layers = output.layer_actions.detach().float()
         seen = (output.context.detach(), output.context_mask, batch["actions"], layers)
-        loss, energy = self.objective(*seen, self.generator, self.step, self._retrieve(output, episodes))
+        loss, energy = self.objective(*seen, self.generator, self.step, self._retrieve(output, episodes), rollouts)
         (loss / self.config.grad_accumulation_steps).backward()
         metrics.update(energy)
         return seen
@@ -210,10 +238,6 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def autocast(self) -> torch.autocast:
-        """bf16 where the flags say so; the head opts out by itself."""
-        return autocast(self.config, self.job.device)
-
 
 def rate_factor(config: FinetuneConfig, step: int) -> float:
     """Factor of the policy's learning rate at a step: warm-up from a tenth, then the host's schedule or a cosine."""
@@ -223,8 +247,3 @@ def rate_factor(config: FinetuneConfig, step: int) -> float:
     else:
         decay = 0.1 if step >= config.num_steps_before_decay else 1.0
     return (0.1 + 0.9 * warm) * decay
-
-
-def autocast(config: FinetuneConfig, device: torch.device) -> torch.autocast:
-    """The autocast context of a run."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
