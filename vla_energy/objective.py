@@ -142,7 +142,8 @@ class EnergyObjective:
         valid, distances = nn.functional.pad(negatives.valid, (1, 0), value=True), _pad(negatives.distances, 0.0)
         weight = _pad(negatives.weight, 1.0)
         alpha = losses.mixed_alpha(step, config.mix_steps)
-        parts: dict[str, Any] = {"anchor": losses.anchor(energies), "temperature": temperature}
+        there = weight > 0 if weight.ndim == 2 else None  # a row without its chunk of a failed rollout
+        parts: dict[str, Any] = {"anchor": losses.anchor(energies, there), "temperature": temperature}
         loss = self.config.range.anchor_weight * parts["anchor"]
         if config.info_nce:
             log_q = self._log_q(chunks, negatives) if config.log_q else None
