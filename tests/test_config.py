@@ -22,6 +22,7 @@ from vla_energy.config import (
     NegativesConfig,
     PolicyNoiseConfig,
     RangeConfig,
+    RolloutsConfig,
     TemperatureConfig,
 )
 
@@ -83,6 +84,14 @@ def test_draccus_reads_nested_flags() -> None:
         (lambda: GripperFlipConfig(count=2), "0 or 1"),
         (lambda: AmplitudeConfig(factors=(1.0,)), "no factor of 1"),
         (lambda: GuardConfig(skip_grad_norm=0.1), "at least max_grad_norm"),
+        (lambda: RolloutsConfig(dataset=3), "rollouts.dataset=3: expected a dataset's name"),  # type: ignore[arg-type]
+        (lambda: RolloutsConfig(batch_size=0), "rollouts.batch_size=0"),
+        (lambda: RolloutsConfig(discount=1.1), "0 <= discount <= 1"),
+        (lambda: RolloutsConfig(discount=float("nan")), "rollouts.discount"),
+        (lambda: RolloutsConfig(outcome=-1.0), "rollouts.outcome"),
+        (lambda: RolloutsConfig(failed=-1), "rollouts.failed"),
+        (lambda: RolloutsConfig("r", outcome=0.0, failed=0), "at least one above 0"),
+        (lambda: RolloutsConfig("r", batch_size=2, failed=3), "at most rollouts.batch_size=2"),
         (lambda: EnergyConfig.from_dict({"head": {"width": 3}}), "energy.head: unknown width; known: name, hidden_dim"),
         (lambda: EnergyConfig.from_dict({"head": 3}), "energy.head=3"),
         (

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rollouts_fixture import NAME, write_rollouts
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError
@@ -20,7 +21,14 @@ from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.backbones.tiny import write_random_start
 from vla_energy.checkpoint import CheckpointError, load_head
 from vla_energy.cli import main
-from vla_energy.config import EnergyConfig, LayerExitsConfig, LossConfig, MonitorConfig, TemperatureConfig
+from vla_energy.config import (
+    EnergyConfig,
+    LayerExitsConfig,
+    LossConfig,
+    MonitorConfig,
+    RolloutsConfig,
+    TemperatureConfig,
+)
 from vla_energy.data import DatasetError
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
@@ -89,10 +97,15 @@ def test_off_means_off(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert trained.guard is not None and trained.guard.counters["steps"] == 2
 
 
-def test_two_steps_then_resume_equal_four(tiny_folder: Path, tmp_path: Path) -> None:
-    whole = _run(_config(tiny_folder, tmp_path / "whole", max_steps=4, lora_dropout=0.1))
-    _run(_config(tiny_folder, tmp_path / "parts", max_steps=2, lora_dropout=0.1))
-    parts = _run(_config(tiny_folder, tmp_path / "parts", max_steps=4, lora_dropout=0.1, resume=True))
+@pytest.mark.parametrize("rollouts", [False, True])
+def test_two_steps_then_resume_equal_four(tiny_folder: Path, tmp_path: Path, rollouts: bool) -> None:
+    flags: dict[str, Any] = {"lora_dropout": 0.1}
+    if rollouts:
+        flags["data_root_dir"] = str(write_rollouts(tmp_path / "data"))
+        flags["energy"] = EnergyConfig(rollouts=RolloutsConfig(NAME, batch_size=8))
+    whole = _run(_config(tiny_folder, tmp_path / "whole", max_steps=4, **flags))
+    _run(_config(tiny_folder, tmp_path / "parts", max_steps=2, **flags))
+    parts = _run(_config(tiny_folder, tmp_path / "parts", max_steps=4, resume=True, **flags))
     _equal(_policy_weights(whole), _policy_weights(parts))
     assert whole.head is not None and parts.head is not None
     _equal(whole.head.state_dict(), parts.head.state_dict())
@@ -106,12 +119,12 @@ def test_two_steps_then_resume_equal_four(tiny_folder: Path, tmp_path: Path) -> 
         row.pop("energy/ms")
     assert rows[0] == rows[1]
     with pytest.raises(CheckpointError, match="learning_rate"):
-        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, learning_rate=1e-3))
-    other = EnergyConfig(temperature=TemperatureConfig(value=2.0))
+        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, learning_rate=1e-3, **flags))
+    other = dataclasses.replace(flags.get("energy", EnergyConfig()), temperature=TemperatureConfig(value=2.0))
     with pytest.raises(CheckpointError, match=r"other values of: energy\.temperature\.value$"):
-        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, energy=other))
+        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, **{**flags, "energy": other}))
     with pytest.raises(CheckpointError, match=r"no checkpoint at step 3.*\[2, 4\]"):
-        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, lora_dropout=0.1, resume_step=3))
+        Trainer(_config(tiny_folder, tmp_path / "parts", resume=True, resume_step=3, **flags))
 
 
 def test_checkpoint_loads_as_a_policy_with_a_head(tiny_folder: Path, tmp_path: Path) -> None:
