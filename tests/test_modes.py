@@ -472,6 +472,9 @@ def test_arms_are_checked_by_their_names_alone() -> None:
         check_arms(["policy", "magic@2"], {"policy", "own"})
     with pytest.raises(ValueError, match=r"cannot run arm\(s\) retrieve, only policy: .*vla-energy memory"):
         check_arms(["policy", "retrieve@2"], {"policy"})
+    for name in ("replan", "recommended"):
+        with pytest.raises(ValueError, match=f"{name}@n: {name} decides itself when to ask again"):
+            check_arms(["policy", f"{name}@2"], {"policy", name})
     assert {"policy", *MODES, "recommended", "replan"} == set(ARMS)
 
 
