@@ -79,6 +79,63 @@ def test_smooth_noise_has_unit_variance_and_the_stated_correlation() -> None:
         assert correlation == pytest.approx(0.8**lag, abs=0.03)
 
 
+def _slow_noise(shape: tuple[int, ...], correlation: float, generator: torch.Generator) -> torch.Tensor:
+    """The recurrence, step by step."""
+    drawn = torch.randn(shape, generator=generator)
+    smooth = drawn.clone()
+    for step in range(1, shape[-2]):
+        new = math.sqrt(1 - correlation**2) * drawn[..., step, :]
+        smooth[..., step, :] = correlation * smooth[..., step - 1, :] + new
+    return smooth
+
+
+def test_noise_of_a_row_is_its_generators_alone() -> None:
+    together = smooth_noise((B, 5, H, A), 0.9, [_generator(row) for row in range(B)])
+    for row in range(B):
+        assert torch.equal(together[row], _slow_noise((5, H, A), 0.9, _generator(row)))
+    assert torch.equal(smooth_noise((2, 1, A), 0.9, _generator()), _slow_noise((2, 1, A), 0.9, _generator()))
+    with pytest.raises(ValueError, match="2 generators for 3 entries"):
+        smooth_noise((B, 5, H, A), 0.9, [_generator(), _generator()])
+
+
+def _slowly(
+    policy: torch.Tensor, layers: torch.Tensor, config: CandidatesConfig, row: int, others: dict[str, Source]
+) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """One row's candidates, names and priors, one candidate after the other."""
+    free = torch.tensor([True] * (A - 1) + [False])
+    chunks, names, prior = [], [], [0.0]
+    for layer in (range(L - 2, 0, -1)[:4]) if config.layer_exits else ():
+        chunks.append(layers[row, layer].to(policy.dtype))
+        names.append(f"layer_exit_{layer}")
+    noise = _slow_noise((config.num_candidates, H, A), 0.9, _generator(row)) if config.num_candidates else ()
+    for index, one in enumerate(noise):
+        std = config.noise_stds[index % len(config.noise_stds)]
+        own = policy[row].float()
+        chunks.append(torch.where(free, own + one * std, own).to(policy.dtype))
+        names.append(f"noise_{std:g}")
+    prior += [0.0] * len(chunks)
+    for name, source in others.items():
+        for index in range(source.chunks.shape[1]):
+            chunks.append(source.chunks[row, index].to(policy.dtype))
+            names.append(name)
+            prior.append(0.0 if source.prior is None else float(source.prior[row, index]))
+    rest = [torch.where(free, chunk.clamp(-1, 1), chunk) for chunk in chunks]
+    return torch.stack([policy[row], *rest]), ["policy", *names], torch.tensor(prior)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 7])
+@pytest.mark.parametrize(("exits", "lent"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_batch_is_its_rows_one_by_one_bit_for_bit(dtype: torch.dtype, count: int, exits: bool, lent: bool) -> None:
+    policy, layers = (part.to(dtype) for part in _chunks())
+    config, others = CandidatesConfig(num_candidates=count, layer_exits=exits), _others() if lent else {}
+    out = propose(policy, layers, config, [_generator(row) for row in range(B)], others=others)
+    for row in range(B):
+        actions, names, prior = _slowly(policy, layers, config, row, others)
+        assert torch.equal(out.actions[row], actions) and out.actions.dtype == dtype
+        assert out.sources == tuple(names) and torch.equal(out.prior[row], prior)
+
+
 def test_noise_scale_leaves_out_what_is_not_normalised_or_does_not_move() -> None:
     values = np.random.default_rng(0).normal(size=(500, A)) * (1, 10, 0, 1)
     values[:, 0] = np.sign(values[:, 0]) * np.abs(values[:, 0]) ** 0.1  # mass near the bounds: larger relative spread

@@ -110,6 +110,24 @@ def test_broken_candidates_are_dropped_and_counted(problem: tuple[Tensor, Tensor
     assert reranker.counters["no_alternative"] == 2 and reranker.counters["dropped_energies"] == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_candidates_that_are_not_finite_are_found_wherever_it_shows(dtype: torch.dtype) -> None:
+    candidates = torch.full((4, 3, H, A), -torch.finfo(dtype).max, dtype=dtype)
+    for row, value in enumerate((math.nan, math.inf, -math.inf)):
+        candidates[row, row, row, row % A] = value
+    seen = []
+    rerank(lambda actions: seen.append(actions) or actions.float().sum((2, 3)), candidates, 0.0)
+    expected = torch.stack([torch.stack([chunk.isfinite().all() for chunk in row]) for row in candidates])
+    assert (~expected).sum() == 3 and torch.equal(seen[0] != 0, expected[..., None, None].expand_as(candidates))
+
+
+def test_a_head_that_is_in_eval_mode_is_left_alone(problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    head = _head().eval()
+    head.train = lambda mode=True: pytest.fail("visits every module, for each observation")
+    with torch.enable_grad():
+        assert not Reranker(head, None, EnergyConfig())(*problem).energies.requires_grad
+
+
 def test_energies_that_are_not_finite_keep_the_policy(problem: tuple[Tensor, Tensor, Tensor]) -> None:
     context, mask, candidates = problem
     context[0, 0, 0] = math.nan

@@ -62,7 +62,7 @@ def propose(
     policy: Tensor,
     layer_actions: Tensor | None,
     config: CandidatesConfig,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     *,
     gripper_dims: Sequence[int] = (-1,),
     scale: Tensor | None = None,
@@ -79,7 +79,8 @@ def propose(
         policy: `(B,H,A)` normalised chunk of the policy.
         layer_actions: `(B,L,H,A)`, the policy's chunk last, or None where the policy has no layer exits. Layer 0 (a
             constant) and the last one are left out.
-        generator: of the noise; its device decides where the noise is drawn.
+        generator: of the noise, or B of them, so that a row's noise does not depend on its batch; its device decides
+            where the noise is drawn.
         gripper_dims: dimensions without noise and clamping.
         scale: `(A,)` factor of the noise per dimension, see `noise_scale`; None is 1.
         correlation: of noise at neighbouring time steps, see `smooth_noise`.
@@ -87,25 +88,25 @@ def propose(
         others: sources by name.
 
     Raises:
-        ValueError: shapes do not fit, or a gripper dimension does not exist.
+        ValueError: shapes do not fit, a gripper dimension does not exist, or there are not B generators.
     """
     _check(policy, layer_actions, gripper_dims)
     free = torch.ones(policy.shape[-1], dtype=torch.bool, device=policy.device)
     free[list(gripper_dims)] = False
-    columns, sources = [], []
+    parts, sources = [], []
     if layer_actions is not None and config.layer_exits:
-        for layer in range(layer_actions.shape[1] - 2, 0, -1)[:max_layer_exits]:
-            columns.append(layer_actions[:, layer].to(policy.dtype))
-            sources.append(f"layer_exit_{layer}")
+        layers = range(layer_actions.shape[1] - 2, 0, -1)[:max_layer_exits]
+        parts.append(layer_actions[:, 1:-1].flip(1)[:, :max_layer_exits].to(policy.dtype))
+        sources.extend(f"layer_exit_{layer}" for layer in layers)
     if config.num_candidates:
         stds = [config.noise_stds[i % len(config.noise_stds)] for i in range(config.num_candidates)]
         noise = smooth_noise((len(policy), len(stds), *policy.shape[1:]), correlation, generator, policy.device)
         noise = noise * torch.tensor(stds, device=policy.device)[:, None, None]
         noise = noise if scale is None else noise * scale.to(noise)
         noisy = torch.where(free, policy[:, None].float() + noise, policy[:, None].float()).to(policy.dtype)
-        columns.extend(noisy.unbind(1))
+        parts.append(noisy)
         sources.extend(f"noise_{std:g}" for std in stds)
-    prior = [torch.zeros(len(policy), 1 + len(columns), device=policy.device)]
+    prior = [torch.zeros(len(policy), 1 + len(sources), device=policy.device)]
     for name, source in (others or {}).items():
         count = source.chunks.shape[1] if source.chunks.ndim == 4 else 0
         if source.chunks.shape != (len(policy), count, *policy.shape[1:]):
@@ -114,12 +115,13 @@ def propose(
             )
         if source.prior is not None and source.prior.shape != source.chunks.shape[:2]:
             raise ValueError(f"{name}: expected a prior (B,K), got {tuple(source.prior.shape)}")
-        columns.extend(source.chunks.to(policy).unbind(1))
+        parts.append(source.chunks.to(policy))
         sources.extend([name] * source.chunks.shape[1])
         none = torch.zeros(source.chunks.shape[:2], device=policy.device)
         prior.append(none if source.prior is None else source.prior.to(none))
-    columns = [policy, *(torch.where(free, column.clamp(-1, 1), column) for column in columns)]
-    return CandidateSet(torch.stack(columns, 1), ("policy", *sources), torch.cat(prior, 1))
+    rest = torch.cat(parts, 1) if parts else policy[:, None][:, :0]
+    actions = torch.cat([policy[:, None], torch.where(free, rest.clamp(-1, 1), rest)], 1)
+    return CandidateSet(actions, ("policy", *sources), torch.cat(prior, 1))
 
 
 def retrieved_source(chunks: Tensor, distances: Tensor, config: RetrievalConfig) -> Source:

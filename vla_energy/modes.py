@@ -181,22 +181,10 @@ class Advisor:
         self, frame: Frame, generators: Sequence[torch.Generator], others: Mapping[str, Source]
     ) -> CandidateSet:
         assert self.reranker is not None
-        rows = []
-        for row, generator in enumerate(generators):
-            one = slice(row, row + 1)
-            mine = {
-                name: Source(source.chunks[one], None if source.prior is None else source.prior[one])
-                for name, source in others.items()
-            }
-            layers = None if frame.layer_actions is None else frame.layer_actions[one]
-            rows.append(
-                propose(
-                    frame.policy[one], layers, self.reranker.config.candidates, generator,
-                    gripper_dims=self.gripper_dims, scale=self.scale, others=mine,
-                )
-            )  # fmt: skip
-        actions, prior = (torch.cat([getattr(row, name) for row in rows]) for name in ("actions", "prior"))
-        return CandidateSet(actions, rows[0].sources, prior)
+        return propose(
+            frame.policy, frame.layer_actions, self.reranker.config.candidates, generators,
+            gripper_dims=self.gripper_dims, scale=self.scale, others=others,
+        )  # fmt: skip
 
     def _refine(self, frame: Frame) -> Proposal:
         assert self.reranker is not None
