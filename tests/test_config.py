@@ -10,6 +10,7 @@ import pytest
 from vla_energy.config import (
     PRESETS,
     AmplitudeConfig,
+    CandidatesConfig,
     EnergyConfig,
     ExpertNoiseConfig,
     GripperFlipConfig,
@@ -83,6 +84,9 @@ def test_draccus_reads_nested_flags() -> None:
         (lambda: HardConfig(count=9, pool=8), "at most hard.pool=8"),
         (lambda: GripperFlipConfig(count=2), "0 or 1"),
         (lambda: AmplitudeConfig(factors=(1.0,)), "no factor of 1"),
+        (lambda: CandidatesConfig(crops=-1), "candidates.crops=-1: expected an integer, 0 or more"),
+        (lambda: CandidatesConfig(crop_scale=0.0), "candidates.crop_scale=0.0: expected 0 < crop_scale <= 1"),
+        (lambda: CandidatesConfig(crop_scale=1.1), "candidates.crop_scale=1.1"),
         (lambda: GuardConfig(skip_grad_norm=0.1), "at least max_grad_norm"),
         (lambda: RolloutsConfig(dataset=3), "rollouts.dataset=3: expected a dataset's name"),  # type: ignore[arg-type]
         (lambda: RolloutsConfig(batch_size=0), "rollouts.batch_size=0"),

@@ -20,7 +20,7 @@ from rlds_fixture import IMAGE_SIZE, LENGTHS, WRIST_OFFSET, make_episode, make_i
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics
 from vla_energy.data import DatasetConfig, DatasetError, RldsDataset, dataset_config
-from vla_energy.data.augment import CROP_AREA, center_crop
+from vla_energy.data.augment import CROP_AREA, center_crop, crop
 from vla_energy.data.datasets import convert_gripper, standardize
 
 LIBERO = dataset_config("libero_goal_no_noops")
@@ -239,6 +239,23 @@ def test_center_crop_equals_tensorflows_crop_and_resize() -> None:
     np.testing.assert_array_equal(center_crop(images[0]), got[0])
     with pytest.raises(ValueError, match="uint8"):
         center_crop(images.astype(np.float32))
+
+
+@pytest.mark.parametrize(("corner", "side"), [((0.0, 0.25), 0.75), ((0.13, 0.02), 0.8), ((0.0, 0.0), 1.0)])
+def test_a_crop_equals_tensorflows(corner: tuple[float, float], side: float) -> None:
+    from vla_energy.data import tensorflow_quiet
+
+    tf = tensorflow_quiet.tf()
+    images = np.random.default_rng(0).integers(0, 256, (1, 20, 31, 3), np.uint8)
+    box = [[corner[0], corner[1], corner[0] + side, corner[1] + side]]
+    expected = tf.image.crop_and_resize(images.astype(np.float32), box, [0], images.shape[1:3]).numpy()
+    assert np.abs(crop(images, corner, side) - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(("corner", "side"), [((0.0, 0.3), 0.75), ((-0.1, 0.0), 0.5), ((0.0, 0.0), 0.0)])
+def test_a_crop_that_leaves_the_image_is_refused(corner: tuple[float, float], side: float) -> None:
+    with pytest.raises(ValueError, match=f"side {side} .*not within the image"):
+        crop(np.zeros((4, 4, 3), np.uint8), corner, side)
 
 
 def test_configs_of_datasets_and_of_files(tmp_path: Path) -> None:

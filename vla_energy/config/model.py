@@ -104,15 +104,25 @@ class CandidatesConfig:
         noise_stds: standard deviations in normalised action units.
         layer_exits: add the chunks decoded from inner layers.
         overlap: add the rest of the chunk under way, filled up with the end of the policy's new one (in rollouts).
+        crops: the policy's chunks for so many crops of the images, each at a random place; the policy reads so many
+            more rows. In rollouts and preflight; the margin that fine-tuning calibrates does not know them.
+        crop_scale: side of such a crop relative to the image, to whose size it is brought back. It takes the place of
+            the centre crop; a policy trained on crops knows a side of 0.95.
     """
 
     num_candidates: int = 16
     noise_stds: tuple[float, ...] = (0.02, 0.05, 0.1)
     layer_exits: bool = True
     overlap: bool = False
+    crops: int = 0
+    crop_scale: float = 0.9
 
     def __post_init__(self) -> None:
         checks.flag("candidates.overlap", self.overlap)
+        checks.count("candidates.crops", self.crops)
+        scale = self.crop_scale
+        within = checks.is_number(scale) and 0 < scale <= 1
+        checks.require(within, "candidates.crop_scale", scale, "0 < crop_scale <= 1")
         checks.count("candidates.num_candidates", self.num_candidates)
         checks.stds("candidates.noise_stds", self.noise_stds, self.num_candidates)
         checks.flag("candidates.layer_exits", self.layer_exits)

@@ -7,6 +7,7 @@ objects 5 percent larger than they are; `center_crop` shows it the same scale in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,9 +52,7 @@ def augment(tf: Any, image: Any, seed: Any) -> Any:
 
 
 def center_crop(images: np.ndarray) -> np.ndarray:
-    """The central crop of area `CROP_AREA`, resized back bilinearly; needs no TensorFlow.
-
-    Samples where `tf.image.crop_and_resize` does: the corners of the crop are the corners of the result.
+    """The central crop of area `CROP_AREA`, resized back; see `crop`.
 
     Args:
         images: `(..., h, w, 3)` uint8.
@@ -64,16 +63,38 @@ def center_crop(images: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: another dtype or shape.
     """
-    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[-1] != 3:
-        raise ValueError(f"center_crop needs (..., h, w, 3) uint8, got {images.shape} {images.dtype}")
-    rows = _resample(images.astype(np.float32), axis=images.ndim - 3)
-    return np.rint(_resample(rows, axis=images.ndim - 2)).astype(np.uint8)
-
-
-def _resample(images: np.ndarray, axis: int) -> np.ndarray:
-    size = images.shape[axis]
     side = float(np.sqrt(CROP_AREA))
-    position = (0.5 * (1.0 - side) + np.linspace(0.0, side, size)) * (size - 1)
+    return crop(images, (0.5 * (1.0 - side),) * 2, side)
+
+
+def crop(images: np.ndarray, corner: Sequence[float], side: float) -> np.ndarray:
+    """A crop with the image's proportions, resized back bilinearly; needs no TensorFlow.
+
+    Samples where `tf.image.crop_and_resize` does: the corners of the crop are the corners of the result.
+
+    Args:
+        images: `(..., h, w, 3)` uint8.
+        corner: (down, right) of the crop's upper left corner, relative to the image's height and width.
+        side: of the crop, relative to the image's; `corner + side` is at most 1.
+
+    Returns:
+        `(..., h, w, 3)` uint8.
+
+    Raises:
+        ValueError: another dtype or shape, or a crop that is empty or not within the image.
+    """
+    if images.dtype != np.uint8 or images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(f"a crop needs (..., h, w, 3) uint8, got {images.shape} {images.dtype}")
+    if not (side > 0 and min(corner) >= 0 and max(corner) + side <= 1 + 1e-9):
+        raise ValueError(f"a crop of side {side} at {tuple(corner)} is not within the image: expected 0 to 1")
+    down, right = corner
+    rows = _resample(images.astype(np.float32), images.ndim - 3, down, side)
+    return np.rint(_resample(rows, images.ndim - 2, right, side)).astype(np.uint8)
+
+
+def _resample(images: np.ndarray, axis: int, start: float, side: float) -> np.ndarray:
+    size = images.shape[axis]
+    position = (start + np.linspace(0.0, side, size)) * (size - 1)
     low = np.minimum(position.astype(int), max(size - 2, 0))
     high = np.minimum(low + 1, size - 1)
     weight = (position - low).astype(np.float32).reshape((-1,) + (1,) * (images.ndim - axis - 1))

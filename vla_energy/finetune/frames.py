@@ -14,10 +14,13 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
-from vla_energy.config import EnergyConfig
+from vla_energy.config import CandidatesConfig, EnergyConfig
+from vla_energy.crops import crop_chunks
 from vla_energy.data import DatasetError
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.setup import open_split, policy_statistics, prepare, vla_folder
+
+_SEED_STRIDE = 1_000_003  # keeps the crops of neighbouring seeds apart
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class PolicyFrames:
         layer_actions: `(B,L,H,A)`, the policy's chunk last.
         episodes: `(B,)` int64.
         instructions: B.
+        crops: `(B,K,H,A)` the policy's chunks for K crops of the images, or None where none were asked for.
     """
 
     context: Tensor
@@ -38,6 +42,7 @@ class PolicyFrames:
     layer_actions: Tensor
     episodes: Tensor
     instructions: list[str]
+    crops: Tensor | None = None
 
     @property
     def policy(self) -> Tensor:
@@ -96,22 +101,43 @@ class FrameReader:
         )
         self.statistics = policy_statistics(self.vla, dataset, statistics_of)
 
-    def read(self, split: str, max_frames: int | None = None, batch_size: int = 32) -> Iterator[PolicyFrames]:
+    def read(
+        self,
+        split: str,
+        max_frames: int | None = None,
+        batch_size: int = 32,
+        candidates: CandidatesConfig | None = None,
+    ) -> Iterator[PolicyFrames]:
         """The frames of a split in random order, each once, at most `max_frames` of them.
+
+        Args:
+            split: of the dataset.
+            max_frames: None is all.
+            batch_size: B.
+            candidates: with `crops`, the frames have the policy's chunks for so many crops, at places that depend on
+                the reader's seed and on the frame's place in the order; the policy then reads so many more rows.
 
         Raises:
             DatasetError: no such split.
         """
         data = open_split(self._config, self.vla, split, self.statistics)
-        left = data.num_frames if max_frames is None else max_frames
+        left = most = data.num_frames if max_frames is None else max_frames
         for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):
             if left <= 0:
                 return
-            yield self._run(raw, left)
+            crops = self._crops(raw, most - left, left, candidates) if candidates and candidates.crops else None
+            yield self._run(raw, left, crops)
             left -= len(raw["actions"])
 
+    def _crops(self, raw: dict[str, Any], first: int, rows: int, candidates: CandidatesConfig) -> Tensor:
+        images, texts, proprio = raw["images"][:rows], list(raw["instructions"])[:rows], raw.get("proprio")
+        seeds = (self._config.seed * _SEED_STRIDE + first + row for row in range(len(images)))
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        proprio = None if proprio is None else torch.tensor(proprio)[:rows]
+        return crop_chunks(self.vla, images, texts, proprio, generators, candidates).float()
+
     @torch.no_grad()
-    def _run(self, raw: dict[str, Any], rows: int) -> PolicyFrames:
+    def _run(self, raw: dict[str, Any], rows: int, crops: Tensor | None) -> PolicyFrames:
         batch = self._job.to_batch(raw, crop=self._crop)
         output = self.vla(batch)
         assert output.layer_actions is not None
@@ -123,4 +149,5 @@ class FrameReader:
             output.layer_actions[:rows].float(),
             torch.tensor(raw["episode"], dtype=torch.int64)[:rows],
             list(raw["instructions"])[:rows],
+            crops,
         )

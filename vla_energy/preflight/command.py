@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from pathlib import Path
 
-    from vla_energy.config import RerankConfig
+    from vla_energy.config import EnergyConfig
     from vla_energy.finetune.frames import FrameReader
     from vla_energy.gates import load_advisor, save_gates
     from vla_energy.preflight.measure import measure
@@ -64,9 +64,10 @@ def run(args: argparse.Namespace) -> int:
             "--split train: the memory holds these very frames and would find each itself; take a held-out split"
         )
     trials = read_trials(args.rollouts, advisor.arms)
-    measured = measure(advisor, reader.read(args.split, args.max_frames), args.seed)
-    config = RerankConfig() if advisor.reranker is None else advisor.reranker.config.rerank
-    result = {"settings": _settings(args), **judge(measured, config, trials)}
+    head = EnergyConfig() if advisor.reranker is None else advisor.reranker.config
+    frames = reader.read(args.split, args.max_frames, candidates=head.candidates)
+    measured = measure(advisor, frames, args.seed)
+    result = {"settings": _settings(args), **judge(measured, head.rerank, trials)}
     write_json(out / "preflight.json", result)
     write_page(result, out / "preflight.html")
     if not args.no_gates:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vla_energy.candidates import source_report
+from vla_energy.candidates import Source, source_report
 from vla_energy.finetune.frames import PolicyFrames
 from vla_energy.measures import chunk_distance, spearman
 from vla_energy.modes import Advisor, Frame, Proposal
@@ -55,7 +55,7 @@ class Measured:
         episodes: `(M,)`.
         tasks: M instructions.
         modes: by name.
-        forward_milliseconds: a frame, of reading data and policy.
+        forward_milliseconds: a frame, of reading data and policy, and of the policy on crops.
     """
 
     policy_error: Tensor
@@ -119,7 +119,7 @@ def measure(advisor: Advisor, batches: Iterable[PolicyFrames], seed: int = 0) ->
 
     Args:
         advisor: its gates are not looked at.
-        batches: frames of the policy.
+        batches: frames of the policy; crops that they have are candidates.
         seed: of the candidates' noise.
 
     Raises:
@@ -136,10 +136,11 @@ def measure(advisor: Advisor, batches: Iterable[PolicyFrames], seed: int = 0) ->
         # The same sum as for a proposal, or the policy's own chunk, proposed, would differ from it by rounding.
         policy_error = _l1(frames.policy, frames.expert)
         frame = Frame(frames.context, frames.context_mask, frames.policy, frames.layer_actions)
+        others = {} if frames.crops is None else {"crop": Source(frames.crops)}
         for mode, part in parts.items():
             generators = [torch.Generator().manual_seed(seed + 1000 * index + row) for row in range(len(policy_error))]
             started = time.perf_counter()
-            proposal = advisor.propose(mode, frame, generators)
+            proposal = advisor.propose(mode, frame, generators, others)
             part.seconds += time.perf_counter() - started
             part.add(frames, proposal, policy_error)
         errors.append(policy_error)

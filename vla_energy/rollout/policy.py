@@ -17,6 +17,7 @@ from vla_energy.backbones import load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
+from vla_energy.crops import crop_chunks
 from vla_energy.data.augment import center_crop
 from vla_energy.gates import load_advisor
 from vla_energy.modes import Frame, replan, split_arm
@@ -115,12 +116,21 @@ class CheckpointPolicy:
         return [decisions[row] for row in range(len(requests))]
 
     def _others(self, arm: str, frame: Frame, requests: Sequence[Request]) -> dict[str, Source]:
-        """Candidates that need the episode's past."""
-        if not arm.startswith("rerank") or not self._head_config().candidates.overlap:
-            return {}
-        under_way = [None if request.previous is None else request.previous.memo for request in requests]
-        rest = overlap(frame.policy, under_way, [request.executed for request in requests])
-        return {"overlap": Source(rest[:, None])}
+        """Candidates that need the episode's past or its images; crops draw from a row's generator before its noise."""
+        config, others = self._head_config().candidates, {}
+        if not arm.startswith("rerank"):
+            return others
+        if config.overlap:
+            under_way = [None if request.previous is None else request.previous.memo for request in requests]
+            rest = overlap(frame.policy, under_way, [request.executed for request in requests])
+            others["overlap"] = Source(rest[:, None])
+        if config.crops:
+            generators = [request.generator for request in requests]
+            chunks = crop_chunks(
+                self._vla, self._images(requests), _instructions(requests), self._proprio(requests), generators, config
+            )
+            others["crop"] = Source(chunks)
+        return others
 
     def _replan(self, frame: Frame, requests: Sequence[Request]) -> list[Decision]:
         assert self._advisor.reranker is not None
@@ -141,23 +151,32 @@ class CheckpointPolicy:
         return EnergyConfig() if self._advisor.reranker is None else self._advisor.reranker.config
 
     def _batch(self, requests: Sequence[Request]) -> dict[str, Tensor]:
+        images = self._images(requests)
+        images = center_crop(images) if self._crop else images
+        batch = self._vla.processor.batch(images, _instructions(requests), proprio=self._proprio(requests))
+        return {key: value.to(self._device) for key, value in batch.items()}
+
+    def _images(self, requests: Sequence[Request]) -> np.ndarray:
+        """`(B, cameras, h, w, 3)`, of the cameras that the policy looks through."""
         images = [request.observation.images for request in requests]
-        proprios = [request.observation.proprio for request in requests]
-        instructions = [request.observation.instruction for request in requests]
         if images[0].shape[0] < self._num_images:
             raise ValueError(
                 f"{self._folder} looks through {self._num_images} cameras, the simulator has {images[0].shape[0]}"
             )
-        images = [row[: self._num_images] for row in images]  # a simulator's first camera is the main one
-        frames = np.stack([center_crop(row) if self._crop else row for row in images])
-        proprio = None
-        if self._vla.proprio_projector is not None:
-            statistics = self._statistics.proprio
-            if statistics is None:
-                raise ValueError(f"{self._folder} has a proprio projector but no proprio statistics")
-            proprio = statistics.normalize(torch.tensor(np.stack(proprios)))
-        batch = self._vla.processor.batch(frames, instructions, proprio=proprio)
-        return {key: value.to(self._device) for key, value in batch.items()}
+        return np.stack([row[: self._num_images] for row in images])  # a simulator's first camera is the main one
+
+    def _proprio(self, requests: Sequence[Request]) -> Tensor | None:
+        """`(B,P)` normalised, None where the policy has no use for it."""
+        if self._vla.proprio_projector is None:
+            return None
+        statistics = self._statistics.proprio
+        if statistics is None:
+            raise ValueError(f"{self._folder} has a proprio projector but no proprio statistics")
+        return statistics.normalize(torch.tensor(np.stack([request.observation.proprio for request in requests])))
+
+
+def _instructions(requests: Sequence[Request]) -> list[str]:
+    return [request.observation.instruction for request in requests]
 
 
 def _finite(numbers: dict[str, Tensor], row: int) -> dict[str, float]:
