@@ -380,7 +380,7 @@ def _ranks(tmp_path: Path, world: int) -> list[dict[str, Tensor]]:
     """Three steps on `world` gloo ranks; each rank's head."""
     # Without negatives that mix or draw: what two ranks draw for a row is not what one draws.
     settings = "dict(negatives=_quiet())"
-    code = f"""
+    code = """
 from vla_energy.config import NegativesConfig, ExpertNoiseConfig, PolicyNoiseConfig, InBatchConfig
 from vla_energy.config import HeadConfig
 def _quiet():
