@@ -15,6 +15,10 @@ from typing import NoReturn
 
 COMMANDS = {
     "memory": ("vla_energy.finetune.remember", "remember the training set beside a checkpoint, for retrieval"),
+    "patch": (
+        "vla_energy.hosts.patch_command",
+        "add the energy head's lines to an openvla-oft checkout, or take them out",
+    ),
     "preflight": (
         "vla_energy.preflight.command",
         "will reranking or retrieval help? a verdict from held-out data",

@@ -1,1 +1,1 @@
-"""Hosts: training and evaluation code of others that the energy head is added to, without a change of their models."""
+"""Inside another project's code base, without a change of its models: the plugin, and the tool that adds our lines to it."""
