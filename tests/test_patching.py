@@ -259,9 +259,19 @@ def test_uncommitted_changes_are_refused(host, patch):
     assert (host / PATHS[0]).read_text() == TRAIN.replace("import os\n", "import os\nimport sys\n")
 
 
-def test_a_repository_that_git_cannot_read_is_an_error(host, patch):
+def test_a_repository_that_git_cannot_read_is_an_error(host, patch, monkeypatch):
     (host / ".git").write_text("gitdir: nowhere\n")
     with pytest.raises(PatchError, match="git cannot tell whether"):
+        patching.apply(host, patch)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(PatchError, match="there is no git command"):
+        patching.apply(host, patch)
+    assert (host / PATHS[0]).read_text() == TRAIN
+
+
+def test_a_write_protected_file_is_left_alone(host, patch, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "eval.py")  # root may write to any
+    with pytest.raises(PermissionError, match=r"eval\.py is write-protected; nothing was changed"):
         patching.apply(host, patch)
     assert (host / PATHS[0]).read_text() == TRAIN
 
