@@ -204,6 +204,14 @@ def test_a_fork_that_does_not_fit_is_refused(host, patch, old, new, message):
     assert contents(host) == before
 
 
+def test_storing_into_an_object_is_no_assignment_of_it(host, patch):
+    edit(host / PATHS[0], "    for step in", "    window['rate'] = []\n    window.other = []\n    for step in")
+    patching.apply(host, patch)
+    assert (host / PATHS[0]).read_text().index("energy = Plugin") < (host / PATHS[0]).read_text().index(
+        "window['rate']"
+    )
+
+
 def test_all_missing_anchors_are_named(host, patch):
     edit(host / PATHS[0], "window = {", "history = {")
     edit(host / PATHS[0], "save(\n", "keep(\n")

@@ -134,7 +134,7 @@ def _targets(statement: ast.stmt) -> set[str]:
         ast.unparse(node)
         for target in targets
         for node in ast.walk(target)
-        if isinstance(node, (ast.Name, ast.Attribute))
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store)
     }
 
 
