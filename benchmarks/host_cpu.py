@@ -1,0 +1,131 @@
+"""openvla-oft's own scripts on a CPU, for `benchmarks/host_plugin.py`; run by the host's Python, from its checkout.
+
+    python host_cpu.py finetune --vla_path DIR ...        its finetune.py as it is, with a CPU in a GPU's place
+    python host_cpu.py evaluate CHECKPOINT UNNORM_KEY     its get_action with and without reranking; JSON on stdout
+
+Stand-ins: a process state whose device is the CPU, DDP without device ids, and two small vision towers for timm that
+the tiny checkpoint names. Nothing of the host is changed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import pickle
+import random
+import runpy
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+def prepare() -> None:
+    """Puts the CPU where the host expects a GPU, and fixes every seed."""
+    import accelerate
+    import torch.nn.parallel
+
+    towers = importlib.util.spec_from_file_location("towers", Path(__file__).parents[1] / "tests" / "golden_towers.py")
+    assert towers is not None and towers.loader is not None
+    module = importlib.util.module_from_spec(towers)
+    towers.loader.exec_module(module)
+    module.register()
+
+    class CpuState:
+        """The part of accelerate's PartialState that the host reads."""
+
+        local_process_index, is_main_process = "cpu", True
+
+    class CpuDDP(torch.nn.parallel.DistributedDataParallel):
+        """DDP without device ids, which a CPU has not."""
+
+        def __init__(self, module: torch.nn.Module, device_ids: Any = None, **options: Any) -> None:
+            super().__init__(module, **options)
+
+    accelerate.PartialState = CpuState  # type: ignore[misc,assignment]
+    torch.nn.parallel.DistributedDataParallel = CpuDDP  # type: ignore[misc]
+    torch.cuda.set_device = lambda *args: None
+    torch.cuda.empty_cache = lambda: None
+    torch.set_num_threads(1)
+    store = Path(tempfile.mkdtemp()) / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def evaluate(checkpoint: str, unnorm_key: str) -> dict[str, Any]:
+    """What the host's `get_action` answers: without the energy, with its gate shut, and with it open."""
+    from experiments.robot.openvla_utils import get_action_head, get_processor
+    from experiments.robot.robot_utils import get_action, get_model
+
+    from vla_energy.gates import save_gates
+    from vla_energy.hosts.openvla_oft import HostRerankConfig, rerank_action_head
+
+    cfg = SimpleNamespace(
+        model_family="openvla", pretrained_checkpoint=checkpoint, unnorm_key=unnorm_key, use_l1_regression=True,
+        use_diffusion=False, use_film=False, num_images_in_input=1, use_proprio=False, center_crop=True,
+        load_in_8bit=False, load_in_4bit=False, lora_rank=4, energy=HostRerankConfig(),
+    )  # fmt: skip
+    vla, processor = get_model(cfg), get_processor(cfg)
+    head = get_action_head(cfg, vla.llm_dim)
+    seen = pickle.loads(Path("experiments/robot/libero/sample_libero_spatial_observation.pkl").read_bytes())
+
+    def act(action_head: Any) -> list[list[float]]:
+        actions = get_action(cfg, vla, dict(seen), seen["task_description"], processor, action_head)
+        return [np.asarray(action, np.float64).tolist() for action in actions]
+
+    answers: dict[str, Any] = {"off_is_the_head": rerank_action_head(head, cfg, vla) is head, "plain": act(head)}
+    for name, margin in (("shut", float("inf")), ("open", 0.0)):
+        save_gates(checkpoint, {"rerank": margin, "refine": margin})
+        for mode in ("rerank", "refine"):
+            cfg.energy = HostRerankConfig(enabled=True, mode=mode)
+            chosen = rerank_action_head(head, cfg, vla)
+            answers[f"{mode} {name}"] = act(chosen)
+            answers[f"{mode} {name} counts"] = dict(chosen.counts)
+    # The same head on the same context, here and in the native path, is compared by these energies.
+    answers["energies"] = _energies(checkpoint, vla, head, lambda: act(head))
+    return answers
+
+
+def _energies(checkpoint: str, vla: Any, head: Any, act: Any) -> dict[str, Any]:
+    """The head's energies of fixed chunks in the context of one observation, with all that the native path needs."""
+    from vla_energy.checkpoint import load_head
+    from vla_energy.hosts.hidden_states import HiddenStates, predicted_positions, visible_context
+
+    hidden, inputs = HiddenStates(vla), {}
+    keep = vla.vision_backbone.register_forward_hook(lambda module, args, output: inputs.update(pixels=args[0]))
+    act()
+    keep.remove()
+    layers = hidden.take()
+    loaded = load_head(checkpoint).head.eval()
+    positions = predicted_positions(1, layers[-1].shape[1], loaded.horizon * loaded.action_dim)
+    chunks = torch.rand(1, 5, loaded.horizon, loaded.action_dim, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    context = layers[-1].float()
+    with torch.no_grad():
+        encoded = loaded.encode(context, visible_context(positions, context.shape[1]), chunks[:, 0])
+        energies = loaded(encoded, chunks)
+    return {"pixels": inputs["pixels"].float().tolist(), "context": context.tolist(), "energies": energies.tolist()}
+
+
+def main() -> None:
+    """See the module's text."""
+    what, *rest = sys.argv[1:]
+    prepare()
+    sys.path.insert(0, os.getcwd())
+    if what == "evaluate":
+        print("ANSWERS " + json.dumps(evaluate(*rest)))
+        return
+    script = "vla-scripts/finetune.py"
+    sys.argv = [script, *rest]
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The energy head inside the real openvla-oft, on a CPU with a tiny checkpoint: what it changes, and what it does not.
+
+    git clone https://github.com/moojink/openvla-oft && git -C openvla-oft checkout 213c5ff8
+    git clone https://github.com/moojink/transformers-openvla-oft; git clone https://github.com/moojink/dlimp_openvla
+    python benchmarks/host_plugin.py --python HOST_PYTHON --host openvla-oft --transformers transformers-openvla-oft \
+        --dlimp dlimp_openvla --checkpoint TINY_CHECKPOINT --data_root_dir DATA
+
+HOST_PYTHON is the interpreter of an environment with the host's pins. The checkout is copied, the copy patched. Runs the
+host's fine-tuning three times (as it is, patched with the energy off, and on) and compares every file that it writes;
+then the host's evaluation call with the gate shut and open. Exits with 1 where something differs that must not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+DATASET = "libero_spatial_no_noops"
+
+
+def run(args: argparse.Namespace, checkout: Path, *arguments: str) -> str:
+    """One script of the host in `checkout`; its stdout."""
+    paths = [ROOT, args.transformers.resolve() / "src", args.dlimp.resolve(), checkout]
+    environment = {
+        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
+        "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3",
+    }  # fmt: skip
+    command = [str(args.python), str(ROOT / "benchmarks" / "host_cpu.py"), *arguments]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def finetune(args: argparse.Namespace, checkout: Path, runs: Path, *flags: str) -> Path:
+    """Three optimiser steps (the host's `max_steps` 2) and a checkpoint; the folder of the run."""
+    vla = runs / "vla"
+    shutil.copytree(args.checkpoint, vla)  # the host writes into it
+    run(
+        args, checkout, "finetune", "--vla_path", str(vla), "--data_root_dir", str(args.data_root_dir.resolve()),
+        "--dataset_name", DATASET, "--run_root_dir", str(runs), "--run_id_override", "run", "--shuffle_buffer_size",
+        "64", "--batch_size", "2", "--max_steps", "2", "--save_freq", "2", "--image_aug", "False", "--lora_rank", "4",
+        "--wandb_log_freq", "1", *flags,
+    )  # fmt: skip
+    return runs / "run--2_chkpt"
+
+
+def compare(plain: Path, other: Path) -> tuple[list[str], list[str], list[str]]:
+    """Names of files that are equal, that differ, and that only `other` has."""
+    names = {path.relative_to(plain) for path in plain.rglob("*") if path.is_file()}
+    theirs = {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
+    if names - theirs:
+        sys.exit(f"error: missing in {other}: {sorted(map(str, names - theirs))}")
+    same = {name for name in names if _content(plain / name) == _content(other / name)}
+    return [sorted(map(str, group)) for group in (same, names - same, theirs - names)]  # type: ignore[return-value]
+
+
+def _content(path: Path) -> Any:
+    if path.name == "adapter_config.json":  # peft writes a set: its order differs from run to run
+        data = json.loads(path.read_text())
+        return {**data, "target_modules": sorted(data["target_modules"])}
+    return path.read_bytes()
+
+
+def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path) -> tuple[dict[str, Any], bool]:
+    """What the host's `get_action` answers, and whether that is as it must be."""
+    line = next(
+        line for line in run(args, checkout, "evaluate", str(checkpoint), DATASET).splitlines() if "ANSWERS " in line
+    )
+    answers = json.loads(line.split("ANSWERS ", 1)[1])
+    plain = np.array(answers["plain"])
+    facts: dict[str, Any] = {"off_is_the_head": answers["off_is_the_head"], "chunk": plain.shape}
+    for mode in ("rerank", "refine"):
+        facts[f"{mode}, gate shut: equal bits"] = bool(np.array_equal(plain, np.array(answers[f"{mode} shut"])))
+        moved = np.abs(plain - np.array(answers[f"{mode} open"])).max()
+        facts[f"{mode}, gate open: largest change, robot units"] = float(moved)
+        facts[f"{mode}, gate open: accepted"] = answers[f"{mode} open counts"]["accepted"]
+    right = facts["off_is_the_head"] and all(value for key, value in facts.items() if "equal bits" in key)
+    for mode in ("rerank", "refine"):
+        moved = facts[f"{mode}, gate open: largest change, robot units"] > 0
+        right &= moved == bool(facts[f"{mode}, gate open: accepted"])
+    return facts, bool(right)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("python", "host", "transformers", "dlimp", "checkpoint"):
+        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser.add_argument("--data_root_dir", type=Path, default=ROOT / "tests" / "libero")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        plain, patched = work / "plain", work / "patched"
+        for checkout in (plain, patched):
+            shutil.copytree(args.host, checkout)
+        command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(patched)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        reference = finetune(args, plain, work / "as-it-is")
+        fine = True
+        for name, flags in (
+            ("as it is, again", None),
+            ("patched, energy off", ["--energy.enabled", "False"]),
+            ("patched, energy on", ["--energy.enabled", "True"]),
+        ):
+            runs = work / name.replace(" ", "-").replace(",", "")
+            made = finetune(args, plain if flags is None else patched, runs, *(flags or []))
+            same, differing, new = compare(reference, made)
+            print(f"{name}: {len(same)} files equal, differing: {differing or 'none'}, new: {new or 'none'}", flush=True)
+            fine &= not differing and bool(new) == ("energy on" in name)
+        facts, right = evaluation(args, patched, made)
+        for key, value in facts.items():
+            print(f"{key}: {value}")
+        sys.exit(0 if fine and right else 1)
+
+
+if __name__ == "__main__":
+    main()
