@@ -123,10 +123,12 @@ def agreement(result: dict[str, Any], instructions: dict[str, str]) -> list[tupl
         verdict = result["preflight"]["tasks"].get(instructions[task])
         mine = [episode for episode in result["episodes"] if episode["task"] == task]
         arms = {episode["arm"] for episode in mine} - {"policy", "recommended"}
-        used = verdict is not None and verdict["use"] != "off"
+        if verdict is None:
+            continue
+        used = verdict["use"] != "off"
         differences = [_paired(mine, arm, "policy") for arm in ([verdict["use"]] if used else sorted(arms))]
         found = max((one for one in differences if one is not None), key=lambda one: one.difference, default=None)
-        if verdict is None or found is None:
+        if found is None:
             continue
         change, (low, high) = found.difference, found.interval
         full = change == 0 and all(episode["success"] for episode in mine if episode["arm"] == "policy")

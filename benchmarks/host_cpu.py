@@ -34,6 +34,7 @@ def prepare() -> None:
     towers = importlib.util.spec_from_file_location("towers", Path(__file__).parents[1] / "tests" / "golden_towers.py")
     assert towers is not None and towers.loader is not None
     module = importlib.util.module_from_spec(towers)
+    sys.modules["towers"] = module  # timm looks a tower's module up
     towers.loader.exec_module(module)
     module.register()
 
@@ -55,6 +56,9 @@ def prepare() -> None:
     torch.set_num_threads(1)
     store = Path(tempfile.mkdtemp()) / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    import tensorflow
+
+    tensorflow.random.set_seed(0)  # of the host's order of frames
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
@@ -62,8 +66,8 @@ def prepare() -> None:
 
 def evaluate(checkpoint: str, unnorm_key: str) -> dict[str, Any]:
     """What the host's `get_action` answers: without the energy, with its gate shut, and with it open."""
-    from experiments.robot.openvla_utils import get_action_head, get_processor
-    from experiments.robot.robot_utils import get_action, get_model
+    from experiments.robot.openvla_utils import get_action_head, get_processor  # pyright: ignore[reportMissingImports]
+    from experiments.robot.robot_utils import get_action, get_model  # pyright: ignore[reportMissingImports]
 
     from vla_energy.gates import save_gates
     from vla_energy.hosts.openvla_oft import HostRerankConfig, rerank_action_head
@@ -82,36 +86,55 @@ def evaluate(checkpoint: str, unnorm_key: str) -> dict[str, Any]:
         return [np.asarray(action, np.float64).tolist() for action in actions]
 
     answers: dict[str, Any] = {"off_is_the_head": rerank_action_head(head, cfg, vla) is head, "plain": act(head)}
+    _randomize(checkpoint)
     for name, margin in (("shut", float("inf")), ("open", 0.0)):
         save_gates(checkpoint, {"rerank": margin, "refine": margin})
         for mode in ("rerank", "refine"):
             cfg.energy = HostRerankConfig(enabled=True, mode=mode)
-            chosen = rerank_action_head(head, cfg, vla)
+            chosen, normalised = rerank_action_head(head, cfg, vla), []
+            predict = chosen.predict_action
+            chosen.predict_action = lambda states, predict=predict, kept=normalised: (
+                kept.append(predict(states)) or kept[-1]
+            )
             answers[f"{mode} {name}"] = act(chosen)
-            answers[f"{mode} {name} counts"] = dict(chosen.counts)
-    # The same head on the same context, here and in the native path, is compared by these energies.
-    answers["energies"] = _energies(checkpoint, vla, head, lambda: act(head))
+            answers[f"{mode} {name} normalised"] = normalised[0][0].double().tolist()
+            answers[f"{mode} {name} accepted"] = chosen.counts["accepted"]
+    answers["scored"] = _energies(checkpoint, vla, lambda: act(head))
     return answers
 
 
-def _energies(checkpoint: str, vla: Any, head: Any, act: Any) -> dict[str, Any]:
-    """The head's energies of fixed chunks in the context of one observation, with all that the native path needs."""
+def _randomize(checkpoint: str) -> None:
+    """Random weights in the head's file: after three steps no candidate is below the policy's chunk yet."""
+    from vla_energy.checkpoint import find_one, load_head, save_head
+
+    loaded = load_head(checkpoint)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in loaded.head.parameters():
+            parameter.normal_(0, 0.3)
+    save_head(find_one(checkpoint, "energy_head--"), loaded.head, loaded.step, loaded.statistics)
+
+
+def _energies(checkpoint: str, vla: Any, act: Any) -> dict[str, Any]:
+    """The head's energies of fixed chunks in the context of one observation."""
     from vla_energy.checkpoint import load_head
     from vla_energy.hosts.hidden_states import HiddenStates, predicted_positions, visible_context
 
-    hidden, inputs = HiddenStates(vla), {}
-    keep = vla.vision_backbone.register_forward_hook(lambda module, args, output: inputs.update(pixels=args[0]))
+    hidden = HiddenStates(vla)
     act()
-    keep.remove()
-    layers = hidden.take()
-    loaded = load_head(checkpoint).head.eval()
-    positions = predicted_positions(1, layers[-1].shape[1], loaded.horizon * loaded.action_dim)
-    chunks = torch.rand(1, 5, loaded.horizon, loaded.action_dim, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    context = layers[-1].float()
+    context = hidden.take()[-1].float()
+    head = load_head(checkpoint).head.eval()
+    positions = predicted_positions(1, context.shape[1], head.horizon * head.action_dim)
+    mask = visible_context(positions, context.shape[1])
+    chunks = torch.rand(1, 5, head.horizon, head.action_dim, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
-        encoded = loaded.encode(context, visible_context(positions, context.shape[1]), chunks[:, 0])
-        energies = loaded(encoded, chunks)
-    return {"pixels": inputs["pixels"].float().tolist(), "context": context.tolist(), "energies": energies.tolist()}
+        energies = head(head.encode(context, mask, chunks[:, 0]), chunks)
+    return {
+        "context": context.tolist(),
+        "mask": mask.tolist(),
+        "chunks": chunks.tolist(),
+        "energies": energies.tolist(),
+    }
 
 
 def main() -> None:

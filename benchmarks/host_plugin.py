@@ -5,9 +5,9 @@
     python benchmarks/host_plugin.py --python HOST_PYTHON --host openvla-oft --transformers transformers-openvla-oft \
         --dlimp dlimp_openvla --checkpoint TINY_CHECKPOINT --data_root_dir DATA
 
-HOST_PYTHON is the interpreter of an environment with the host's pins. The checkout is copied, the copy patched. Runs the
-host's fine-tuning three times (as it is, patched with the energy off, and on) and compares every file that it writes;
-then the host's evaluation call with the gate shut and open. Exits with 1 where something differs that must not.
+HOST_PYTHON is the interpreter of an environment with the host's pins. The checkout is copied, the copy patched. Runs
+the host's fine-tuning four times (as it is twice, patched with the energy off, and on) and compares every file that it
+writes; then the host's evaluation call with the gate shut and open. Exits with 1 where something differs that must not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from vla_energy.actions import load_statistics
+from vla_energy.checkpoint import load_head
 
 ROOT = Path(__file__).parents[1]
 DATASET = "libero_spatial_no_noops"
@@ -42,8 +46,10 @@ def run(args: argparse.Namespace, checkout: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def finetune(args: argparse.Namespace, checkout: Path, runs: Path, *flags: str) -> Path:
-    """Three optimiser steps (the host's `max_steps` 2) and a checkpoint; the folder of the run."""
+def finetune(args: argparse.Namespace, checkout: Path, target: Path, *flags: str) -> Path:
+    """Three optimiser steps (the host's `max_steps` 2) and a checkpoint, moved to `target`."""
+    runs = target.parent / "runs"  # always the same: the host writes the path into its files
+    shutil.rmtree(runs, ignore_errors=True)
     vla = runs / "vla"
     shutil.copytree(args.checkpoint, vla)  # the host writes into it
     run(
@@ -52,7 +58,7 @@ def finetune(args: argparse.Namespace, checkout: Path, runs: Path, *flags: str) 
         "64", "--batch_size", "2", "--max_steps", "2", "--save_freq", "2", "--image_aug", "False", "--lora_rank", "4",
         "--wandb_log_freq", "1", *flags,
     )  # fmt: skip
-    return runs / "run--2_chkpt"
+    return (runs / "run--2_chkpt").rename(target)
 
 
 def compare(plain: Path, other: Path) -> tuple[list[str], list[str], list[str]]:
@@ -79,17 +85,29 @@ def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path) -> tu
     )
     answers = json.loads(line.split("ANSWERS ", 1)[1])
     plain = np.array(answers["plain"])
+    statistics = load_statistics(checkpoint / "dataset_statistics.json")[DATASET]
     facts: dict[str, Any] = {"off_is_the_head": answers["off_is_the_head"], "chunk": plain.shape}
+    right = bool(facts["off_is_the_head"])
     for mode in ("rerank", "refine"):
-        facts[f"{mode}, gate shut: equal bits"] = bool(np.array_equal(plain, np.array(answers[f"{mode} shut"])))
-        moved = np.abs(plain - np.array(answers[f"{mode} open"])).max()
-        facts[f"{mode}, gate open: largest change, robot units"] = float(moved)
-        facts[f"{mode}, gate open: accepted"] = answers[f"{mode} open counts"]["accepted"]
-    right = facts["off_is_the_head"] and all(value for key, value in facts.items() if "equal bits" in key)
-    for mode in ("rerank", "refine"):
-        moved = facts[f"{mode}, gate open: largest change, robot units"] > 0
-        right &= moved == bool(facts[f"{mode}, gate open: accepted"])
-    return facts, bool(right)
+        opened, accepted = np.array(answers[f"{mode} open"]), answers[f"{mode} open accepted"]
+        equal = bool(np.array_equal(plain, np.array(answers[f"{mode} shut"])))
+        ours = statistics.unnormalize(torch.tensor(answers[f"{mode} open normalised"], dtype=torch.float64)).values
+        error, moved = float(np.abs(ours - opened).max()), float(np.abs(plain - opened).max())
+        facts[f"{mode}, gate shut: equal bits"] = equal
+        facts[f"{mode}, gate open: accepted, largest change (robot units)"] = (accepted, moved)
+        facts[f"{mode}, gate open: against our unnormalised chunk"] = error
+        right &= equal and accepted == 1 and moved > 0 and error < 1e-5
+    difference = _rescored(checkpoint, answers["scored"])
+    facts["the same head and context, host's torch against ours"] = difference
+    return facts, right and difference < 1e-5
+
+
+def _rescored(checkpoint: Path, scored: dict[str, Any]) -> float:
+    """Largest difference between the energies that the host's environment gave and this one's, of the same context."""
+    head = load_head(checkpoint).head.eval()
+    context, mask, chunks, energies = (torch.tensor(scored[key]) for key in ("context", "mask", "chunks", "energies"))
+    with torch.no_grad():
+        return float((head(head.encode(context, mask, chunks[:, 0]), chunks) - energies).abs().max())
 
 
 def main() -> None:
@@ -105,17 +123,19 @@ def main() -> None:
             shutil.copytree(args.host, checkout)
         command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(patched)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        reference = finetune(args, plain, work / "as-it-is")
+        reference = finetune(args, plain, work / "reference")
         fine = True
         for name, flags in (
             ("as it is, again", None),
             ("patched, energy off", ["--energy.enabled", "False"]),
             ("patched, energy on", ["--energy.enabled", "True"]),
         ):
-            runs = work / name.replace(" ", "-").replace(",", "")
-            made = finetune(args, plain if flags is None else patched, runs, *(flags or []))
+            target = work / name.replace(" ", "-").replace(",", "")
+            made = finetune(args, plain if flags is None else patched, target, *(flags or []))
             same, differing, new = compare(reference, made)
-            print(f"{name}: {len(same)} files equal, differing: {differing or 'none'}, new: {new or 'none'}", flush=True)
+            print(
+                f"{name}: {len(same)} files equal, differing: {differing or 'none'}, new: {new or 'none'}", flush=True
+            )
             fine &= not differing and bool(new) == ("energy on" in name)
         facts, right = evaluation(args, patched, made)
         for key, value in facts.items():
