@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 COMMANDS = {
+    "doctor": ("vla_energy.doctor.command", "what silently breaks a policy: attention, vision, statistics, versions"),
     "memory": ("vla_energy.finetune.remember", "remember the training set beside a checkpoint, for retrieval"),
     "patch": (
         "vla_energy.hosts.patch_command",
@@ -56,7 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 2 after bad input, 130 after Ctrl-C."""
+    """Entry point. Returns the exit code: 0, 1 if the doctor found a problem, 2 after bad input, 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = build_parser().parse_args(arguments)

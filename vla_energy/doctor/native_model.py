@@ -1,0 +1,62 @@
+"""Our backbone as the doctor's `Policy`; needs the `native` extra."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vla_energy.backbones import LoadedVLA, load_openvla
+from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.doctor.policy import Batch, component
+
+
+class NativePolicy:
+    """An `OpenVLA` of ours."""
+
+    kind = "native"
+
+    def __init__(self, vla: LoadedVLA) -> None:
+        self.vla = vla.requires_grad_(False).eval()
+        self.action_dim, self.horizon, self.context_dim = vla.action_dim, vla.horizon, vla.context_dim
+        self.num_images = vla.num_images
+        self.proprio_dim = None if vla.proprio_projector is None else vla.proprio_projector.proprio_dim
+        self.config = vla.config.raw
+
+    @classmethod
+    def load(cls, folder: Path, num_images: int | None, dtype: torch.dtype, device: str) -> NativePolicy:
+        """Loads a folder; raises what `load_openvla` raises."""
+        images = num_images or OpenVLAConfig.from_folder(folder).num_images
+        proprio = component(folder, "proprio_projector") is not None
+        return cls(load_openvla(folder, dtype, num_images=images, use_proprio=proprio).to(device))
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """Vision, projector and language model."""
+        return self.vla.backbone
+
+    @backbone.setter
+    def backbone(self, module: torch.nn.Module) -> None:
+        self.vla.backbone = module
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Tensor:
+        """Normalised chunks `(B,H,A)`."""
+        return self.vla.eval()(batch, layer_exits="off").actions.float().cpu()
+
+    def unnormalize(self, actions: Tensor, dataset: str) -> Tensor | None:
+        """None: the library's is the only one."""
+        return None
+
+    def sibling(self, folder: Path) -> NativePolicy:
+        """This policy's action head and projector on the backbone of `folder`."""
+        weight = self.vla.action_head.model.fc1.weight
+        other = load_openvla(
+            folder, weight.dtype, num_images=self.num_images, use_proprio=self.proprio_dim is not None,
+            horizon=self.horizon, action_dim=self.action_dim, proprio_dim=self.proprio_dim, new_head=True,
+        ).to(weight.device)  # fmt: skip
+        other.action_head = copy.deepcopy(self.vla.action_head)
+        other.proprio_projector = copy.deepcopy(self.vla.proprio_projector)
+        return NativePolicy(other)
