@@ -74,7 +74,8 @@ def test_lora_merge_in_the_host(tmp_path: Path) -> None:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
     wrapped.save_pretrained(str(folder / lora.ADAPTER))
-    wrapped.merge_and_unload().save_pretrained(str(folder))
+    merged = wrapped.merge_and_unload()
+    merged.save_pretrained(str(folder))
     subject = _load(folder, 1)
     subject.base = CHECKPOINT
     assert [finding.status for finding in lora.merge(subject)] == ["ok"]
@@ -83,3 +84,9 @@ def test_lora_merge_in_the_host(tmp_path: Path) -> None:
     weight.data[0, 0] += 0.1
     (found,) = lora.merge(subject)
     assert found.status == "problem" and "layers.0.mlp.up_proj.weight" in found.text
+
+    merged.to(torch.bfloat16).save_pretrained(str(folder))  # as the host saves it
+    subject = _load(folder, 1)
+    subject.base = CHECKPOINT
+    (found,) = lora.merge(subject)
+    assert found.status == "ok" and "saved in bfloat16" in found.text
