@@ -7,7 +7,7 @@ STAMP := $(VENV)/.setup-done
 LIBERO_STAMP := $(VENV)/.libero-done
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: setup gl libero demo test check format bench clean
+.PHONY: setup gl libero demo test test-host-pins check format bench clean
 
 setup: $(STAMP) gl
 
@@ -45,6 +45,11 @@ demo: setup
 
 test: setup libero
 	$(THREADS) $(PY) -m pytest -q
+
+# The core on openvla-oft's versions: an environment of its own (scripts/host_pins.py says where and how), not $(VENV).
+test-host-pins:
+	@host=$$($(PYTHON) scripts/host_pins.py) && \
+	VLA_ENERGY_HOST_PINS=1 $(THREADS) "$$host" -m pytest -q tests/test_host_pins.py
 
 check: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -13,11 +13,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from vla_energy.config import PRESETS, EnergyConfig
+from vla_energy.extras import NATIVE
 from vla_energy.finetune.config import FinetuneConfig
 
 ROOT = Path(__file__).parents[1]
-HOST = {"torch": "2.2.0", "draccus": "0.8.0", "numpy": "1.26.4", "tqdm": "4.66.0", "safetensors": "0.4.3"}
-"""Versions in an openvla-oft environment; installing vla-energy must leave them where they are."""
 RATES = {"original": (5e-4, 0), "stage1": (5e-4, 0), "stage2": (5e-5, 10_000), "stage3": (5e-5, 10_000)}
 """Learning rate and warm-up of the head by stage (report, remedy 6)."""
 
@@ -29,16 +28,26 @@ def _array(name: str) -> list[str]:
     return re.findall(r'"((?:[^"\\]|\\.)*)"', block[1])
 
 
+def _pins(name: str) -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return dict(line.split("==") for line in lines if line)
+
+
 def test_base_dependencies_move_no_pin_of_the_host() -> None:
+    pins = _pins("constraints-host.txt")  # that nothing moves when they are installed: tests/test_host_pins.py
     requirements = [Requirement(text) for text in _array("dependencies")]
-    assert {requirement.name for requirement in requirements} == set(HOST)
+    assert {requirement.name for requirement in requirements} == {"torch", "draccus", "numpy", "tqdm", "safetensors"}
     for requirement in requirements:
-        assert requirement.specifier.contains(HOST[requirement.name]), requirement
+        assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_the_native_extra_is_what_the_backbone_asks_for() -> None:
+    extra = {requirement.name: str(requirement.specifier) for requirement in map(Requirement, _array("native"))}
+    assert {name: f">={version}" for name, version in NATIVE.items()}.items() <= extra.items()
 
 
 def test_constraints_satisfy_the_extras() -> None:
-    lines = (line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines())
-    pins = dict(line.split("==") for line in lines if line)
+    pins = _pins("constraints.txt")
     for group in ("dependencies", "native", "data", "sim", "retrieval", "libero", "dev"):
         for requirement in map(Requirement, _array(group)):
             name = canonicalize_name(requirement.name)
