@@ -42,8 +42,10 @@ NOT_CORE = {
 }
 """Test files that need more than openvla-oft's environment, and what. All others are the core's: a new file is, until
 it is named here."""
-LEAST = 600
+LEAST = 660
 """Tests that ran and passed, at least: raise it when there are many more."""
+MAY_SKIP = {"test_original": "stored outputs of openvla-oft's code, which are no part of the repository"}
+"""Modules of core tests that may skip some here, for want of what; whether CI lets them is theirs to say."""
 NOT_CORE_MODULES = ("backbones", "demo")
 """Modules and packages of vla_energy whose import needs an extra; all others have to import on the host's versions."""
 SETTING = "VLA_ENERGY_HOST_PINS"
@@ -64,10 +66,12 @@ class Layer:
         return _run(self.folder, *arguments, check=check)
 
 
-def _run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """The layer's interpreter in the layer's folder, where no checkout is found on the path."""
+def _run(
+    folder: Path, *arguments: str, check: bool = True, python: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The layer's interpreter, or another, in the layer's folder, where no checkout is found on the path."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", SETTING)}
-    command = [str(folder / "bin/python"), *arguments]
+    command = [python or str(folder / "bin/python"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env | {"OMP_NUM_THREADS": "1"})
     assert not check or done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-20_000:]}{done.stderr[-5_000:]}"
     return done
@@ -83,14 +87,16 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Layer:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "vla_energy", source / "vla_energy", ignore=shutil.ignore_patterns("__pycache__"))
-    venv.create(folder)
+    venv.create(folder, symlinks=True)
     packages = [path for path in sys.path if Path(path).name == "site-packages"]
     major, minor = sys.version_info[:2]
-    (folder / f"lib/python{major}.{minor}/site-packages/host.pth").write_text("\n".join(packages) + "\n")
+    text = "".join(f"import site; site.addsitedir({path!r})\n" for path in packages)  # runs their .pth files too
+    (folder / f"lib/python{major}.{minor}/site-packages/host.pth").write_text(text)
     host = _freeze(folder)
-    assert not [line for line in host if line.startswith("vla")], "the host's environment has vla-energy already"
+    assert not [line for line in host if "vla-energy" in line], "the host's environment has vla-energy already"
     pip = ("-m", "pip", "--disable-pip-version-check")
-    _run(folder, *pip, "wheel", "-q", "--no-deps", "-w", str(source / "dist"), str(source))
+    # The host's own pip builds: in the layer the host's setuptools would get into the isolated build.
+    _run(folder, *pip, "wheel", "-q", "--no-deps", "-w", str(source / "dist"), str(source), python=sys.executable)
     (wheel,) = (source / "dist").glob("vla_energy-*.whl")
     _run(folder, *pip, "install", "-q", str(wheel))
     installed = _freeze(folder)
@@ -167,6 +173,7 @@ def test_core_tests_pass(layer: Layer, tmp_path: Path, capsys: pytest.CaptureFix
         print(f"\ncore on Python {sys.version.split()[0]}:", done.stdout.strip().rpartition("\n")[2].strip("= "))
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
     cases = list(ElementTree.parse(results).getroot().iter("testcase"))
-    skipped = [case.get("name") for case in cases if case.find("skipped") is not None]
+    skipped = [(case.get("classname", ""), case.get("name")) for case in cases if case.find("skipped") is not None]
     assert len(cases) - len(skipped) >= LEAST, f"{len(cases) - len(skipped)} tests ran, expected at least {LEAST}"
-    assert not skipped, f"skipped on the host's versions: {skipped}"
+    unexpected = [f"{module}.{name}" for module, name in skipped if module.rpartition(".")[2] not in MAY_SKIP]
+    assert not unexpected, f"skipped on the host's versions: {unexpected}"
