@@ -23,8 +23,11 @@ TESTS = ROOT / "tests"
 
 NOT_CORE = {
     "test_backbones.py": "the native backbone: the `native` extra",
+    "test_crops.py": "the native backbone",
     "test_data.py": "RLDS: the `data` extra",
     "test_demo.py": "the native backbone, RLDS",
+    "test_doctor.py": "the native backbone beside the host's",
+    "test_doctor_host.py": "openvla-oft itself, which is no part of the repository",
     "test_finetune.py": "the native backbone, RLDS",
     "test_finetune_rollouts.py": "the native backbone, RLDS",
     "test_frames.py": "the native backbone, RLDS",
@@ -42,9 +45,12 @@ NOT_CORE = {
 }
 """Test files that need more than openvla-oft's environment, and what. All others are the core's: a new file is, until
 it is named here."""
-LEAST = 660
+LEAST = 780
 """Tests that ran and passed, at least: raise it when there are many more."""
-MAY_SKIP = {"test_original": "stored outputs of openvla-oft's code, which are no part of the repository"}
+MAY_SKIP = {
+    "test_original": "stored outputs of openvla-oft's code, which are no part of the repository",
+    "test_patching": "a checkout of openvla-oft, which is no part of the repository",
+}
 """Modules of core tests that may skip some here, for want of what; whether CI lets them is theirs to say."""
 NOT_CORE_MODULES = ("backbones", "demo")
 """Modules and packages of vla_energy whose import needs an extra; all others have to import on the host's versions."""

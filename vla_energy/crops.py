@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_energy.backbones import LoadedVLA
 from vla_energy.config import CandidatesConfig
 from vla_energy.data.augment import crop
+
+if TYPE_CHECKING:
+    from vla_energy.backbones import LoadedVLA
 
 
 def random_crops(images: np.ndarray, count: int, side: float, generator: torch.Generator) -> np.ndarray:
