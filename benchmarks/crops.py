@@ -40,7 +40,7 @@ def results(advisor: Advisor, frames: list[PolicyFrames]) -> dict[str, Any]:
     """Sources, and each reranking mode's choice."""
     assert advisor.reranker is not None
     measured = measure(advisor, frames)
-    ours, rest = halves(measured.episodes)
+    ours, rest = halves(measured)
     found: dict[str, Any] = {"policy": float(measured.policy_error.mean())}
     for mode in (name for name in advisor.modes if name.startswith("rerank")):
         record = measured.modes[mode]

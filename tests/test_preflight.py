@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from vla_energy.cli import main
 from vla_energy.config import RerankConfig
 from vla_energy.finetune.frames import PolicyFrames
 from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.fingerprint import fingerprint
 from vla_energy.gates import load_gates
 from vla_energy.modes import Advisor, Proposal
 from vla_energy.preflight.effects import calibrate, effect, halves
@@ -23,7 +25,7 @@ from vla_energy.preflight.trials import TrialsError, read_trials
 from vla_energy.preflight.verdict import judge
 from vla_energy.report.preflight import write_page
 
-EPISODES, EACH = 40, 10
+EPISODES, EACH = 80, 5
 
 
 def record(error: torch.Tensor, gain: torch.Tensor) -> ModeRecord:
@@ -92,7 +94,7 @@ def test_retrieve_is_preferred_and_gated_by_task() -> None:
 
 def test_the_half_that_judges_did_not_calibrate() -> None:
     policy, gain = draws()
-    ours, rest = halves(torch.arange(EPISODES).repeat_interleave(EACH))
+    ours, rest = halves(measured({}, policy))
     assert (ours ^ rest).all() and ours.sum() == rest.sum()
     error = torch.where(ours, 0.1 * policy, 3 * policy)  # fine in one half, harmful in the other
     seen = measured({"rerank": record(error, gain)}, policy)
@@ -100,7 +102,64 @@ def test_the_half_that_judges_did_not_calibrate() -> None:
     assert margin < 0.2
     assert effect(seen, seen.modes["rerank"], margin, rest).l1_gated > 2 * float(policy[rest].mean())
     with pytest.raises(ValueError, match="two episodes"):
-        halves(torch.zeros(5, dtype=torch.long))
+        halves(Measured(policy[:5], policy[:2], torch.zeros(5, dtype=torch.long), ["push"] * 5, {}, 1.0))
+
+
+def test_each_task_has_both_halves_where_it_has_two_episodes() -> None:
+    episodes, tasks = torch.tensor([3, 0, 0, 1, 2, 2, 4]), ["b", "a", "a", "b", "c", "c", "c"]
+    ours, rest = halves(Measured(torch.ones(7), torch.ones(2), episodes, tasks, {}, 1.0))
+    # In order of task and episode: a0 judges, b1 calibrates, b3 judges, c2 calibrates, c4 judges.
+    assert rest.tolist() == [True, True, True, False, False, False, True] and torch.equal(ours, ~rest)
+
+
+def test_a_task_whose_only_episode_calibrates_is_left_off() -> None:
+    policy, gain = draws()
+    found = measured({"retrieve": record(0.5 * policy, torch.full_like(gain, math.inf))}, policy)
+    ours, _ = halves(found)
+    alone = found.episodes == found.episodes[ours][0]
+    found.tasks = ["alone" if mine else task for mine, task in zip(alone.tolist(), found.tasks, strict=True)]
+    _, rest = halves(found)
+    if (rest & alone).any():  # it comes first in the alphabet: then another single task has to come before it
+        found.tasks = [
+            "aa" if e == EPISODES - 1 else task for e, task in zip(found.episodes.tolist(), found.tasks, strict=True)
+        ]
+    result = judge(found, RerankConfig())
+    assert result["verdict"]["use"] == "retrieve"
+    assert result["tasks"]["alone"] == {"use": "off", "effects": {}, "trials": None}
+
+
+def few(episodes: int, error: float) -> dict:
+    """The verdict where `episodes` judge as many calibrate; the modes' errors are `error` times the policy's."""
+    rows = torch.arange(2 * episodes).repeat_interleave(EACH)
+    policy = 0.1 + 0.1 * torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
+    modes = {"retrieve": record(error * policy, torch.full_like(policy, math.inf))}
+    return judge(Measured(policy, torch.ones(2), rows, ["push"] * len(rows), modes, 1.0), RerankConfig())
+
+
+def test_few_episodes_advise_nothing() -> None:
+    assert few(5, 0.3)["verdict"]["use"] == "retrieve"
+    result = few(4, 0.3)
+    assert result["verdict"]["use"] == "off" and {row["use"] for row in result["tasks"].values()} == {"off"}
+    assert any("4 held-out episodes judge, which is too few" in reason for reason in result["verdict"]["reasons"])
+
+
+def test_a_task_must_gain_more_than_all_tasks() -> None:
+    assert few(10, 0.88)["verdict"]["use"] == "retrieve"
+    assert {row["use"] for row in few(10, 0.76)["tasks"].values()} == {"off"}
+    assert {row["use"] for row in few(10, 0.74)["tasks"].values()} == {"retrieve"}
+
+
+def test_a_gain_that_one_episode_makes_is_not_sure() -> None:
+    policy, gain = draws()
+    found = measured({"retrieve": record(policy.clone(), torch.full_like(gain, math.inf))}, policy)
+    _, rest = halves(found)
+    judging = found.episodes[rest].unique()
+    lucky, unlucky = (found.episodes == judging[0]), (found.episodes == judging[1])
+    found.policy_error = torch.where(lucky, 20 * policy, policy)
+    found.modes["retrieve"].error = torch.where(unlucky, 4 * policy, policy)
+    effects = judge(found, RerankConfig())["modes"]["retrieve"]["effect"]
+    assert effects["change"] < -0.1 and effects["interval"][1] >= 0
+    assert judge(found, RerankConfig())["verdict"]["use"] == "off"
 
 
 def test_late_errors_advise_to_ask_more_often() -> None:
@@ -174,43 +233,138 @@ def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.Captur
     assert first.split(":")[0] in page and "<script" not in page
 
 
-def rollout_file(path: Path, episodes: list[tuple[str, str, int, bool]], complete: bool = True) -> Path:
+JUDGED = {"fingerprint": "f", "arms": ("policy", "retrieve", "rerank", "refine"), "horizon": 8}
+
+
+def rollout_file(
+    path: Path, episodes: list[tuple[str, str, int, bool]], complete: bool = True, gates: dict | None = None, **changes
+) -> Path:
     names = ("instruction", "arm", "seed", "success")
     rows = [dict(zip(names, episode, strict=True)) for episode in episodes]
-    path.write_text(json.dumps({"complete": complete, "episodes": rows}))
+    meta = {"checkpoint": {"fingerprint": "f", "gates": gates or {"rerank": 0.25}, "center_crop": False}}
+    settings = {"replan_every": 4, "backend": "metaworld", **changes}
+    path.write_text(json.dumps({"complete": complete, "settings": settings, "meta": meta, "episodes": rows}))
     return path
 
 
-def test_trials_overrule_the_held_out_error(tmp_path: Path) -> None:
+def trial_rows(wins: Mapping[str, Mapping[str, int]], episodes: int = 8) -> list[tuple[str, str, int, bool]]:
+    """The first so many episodes of each arm are solved."""
+    return [(task, arm, seed, seed < count) for task, arms in wins.items() for arm, count in arms.items()
+            for seed in range(episodes)]  # fmt: skip
+
+
+def seen_tasks(rerank: float = 0.95, retrieve: float = 0.5) -> Measured:
     policy, gain = draws()
-    found = measured({"rerank": record(0.95 * policy, gain)}, policy)
-    found.modes["retrieve"] = record(0.5 * policy, torch.full_like(gain, math.inf))
+    found = measured({"rerank": record(rerank * policy, gain)}, policy)
+    found.modes["retrieve"] = record(retrieve * policy, torch.full_like(gain, math.inf))
+    return found
+
+
+def test_trials_overrule_the_held_out_error(tmp_path: Path) -> None:
+    found = seen_tasks()
     # push: retrieve loses to the policy; pull: all equal; lift: no held-out frame, rerank wins; turn: another interval.
     wins = {"push": (5, 2, 1, 0), "pull": (4, 4, 4, 4), "lift": (1, 2, 3, 0), "turn": (1, 2, 2, 3)}
     arms = ("policy", "retrieve", "rerank", "retrieve@8")
-    rows = [(t, arm, seed, seed < n) for t, counts in wins.items() for arm, n in zip(arms, counts, strict=True)
-            for seed in range(6)]  # fmt: skip
-    trials = read_trials([rollout_file(tmp_path / "a.json", rows)], ["policy", "retrieve", "rerank"])
+    counts: dict[str, dict[str, int]] = {task: dict(zip(arms, n, strict=True)) for task, n in wins.items()}
+    rows = trial_rows(counts)
+    rows += [(task, "recommended", seed, True) for task in wins for seed in range(8)]  # what is to be decided
+    trials = read_trials([rollout_file(tmp_path / "a.json", rows)], JUDGED)
     plain = judge(found, RerankConfig())
     assert math.isinf(plain["gates"]["rerank"]) and {r["use"] for r in plain["tasks"].values()} == {"retrieve"}
     result = judge(found, RerankConfig(), trials)
     use = {task: row["use"] for task, row in result["tasks"].items()}
     assert use == {"push": "off", "pull": "retrieve", "lift": "rerank", "turn": "retrieve@8"}
-    assert math.isfinite(result["gates"]["rerank"]), "it won a trial"
-    assert result["tasks"]["push"]["trials"] == {"episodes": 6, "successes": dict(zip(arms, (5, 2, 1, 0), strict=True))}
-    assert any("24 episodes an arm: the policy succeeds in 11, the best arm of each task in 15" in reason
-               for reason in result["verdict"]["reasons"])  # fmt: skip
+    assert result["gates"]["rerank"] == 0.25, "it won behind this margin"
+    assert result["tasks"]["push"]["trials"] == {"episodes": 8, "successes": counts["push"]}
+    reasons = result["verdict"]["reasons"]
+    assert any("32 episodes an arm: the policy succeeds in 11, the best arm of each task in 15" in r for r in reasons)
+    assert any("tried, but not among the judging held-out frames: 'lift', 'turn'" in reason for reason in reasons)
     assert result["verdict"]["use"] == "recommended" and "by task" in result["verdict"]["reasons"][0]
     write_page({**result, "settings": {}}, tmp_path / "page.html")
     assert "retrieve@8" in (tmp_path / "page.html").read_text()
 
 
+def test_an_arm_behind_a_shut_gate_was_the_policy(tmp_path: Path) -> None:
+    rows = trial_rows({"push": {"policy": 2, "rerank": 5, "retrieve": 3}})
+    path = rollout_file(tmp_path / "a.json", rows, gates={"rerank": None, "retrieve": 0.0})
+    result = judge(seen_tasks(), RerankConfig(), read_trials([path], JUDGED))
+    assert result["tasks"]["push"]["use"] == "retrieve" and math.isinf(result["gates"]["rerank"])
+    assert any("rerank ran behind a shut gate" in reason for reason in result["verdict"]["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("wins", "use"),
+    [
+        ({"policy": 3}, "retrieve"),
+        ({"policy": 3, "rerank": 3}, "retrieve"),
+        ({"policy": 3, "rerank": 2}, "retrieve"),
+        ({"policy": 3, "rerank": 4}, "rerank"),
+        ({"policy": 3, "retrieve": 3}, "retrieve"),
+        ({"policy": 3, "retrieve": 2}, "off"),
+    ],
+)
+def test_an_arm_that_was_not_tried_is_not_overruled_by_the_policy(tmp_path: Path, wins: dict, use: str) -> None:
+    trials = read_trials([rollout_file(tmp_path / "a.json", trial_rows({"push": wins}))], JUDGED)
+    result = judge(seen_tasks(), RerankConfig(), trials)
+    assert result["tasks"]["push"]["use"] == use and result["tasks"]["pull"]["use"] == "retrieve"
+    assert result["verdict"]["use"] == ("recommended" if use == "rerank" else "retrieve")
+
+
+def test_a_margin_of_the_trials_is_judged_where_the_mode_was_not_tried(tmp_path: Path) -> None:
+    found = seen_tasks(rerank=0.5, retrieve=1.0)
+    assert {row["use"] for row in judge(found, RerankConfig())["tasks"].values()} == {"rerank"}
+    path = rollout_file(tmp_path / "a.json", trial_rows({"lift": {"policy": 2, "rerank": 5}}), gates={"rerank": 0.9})
+    result = judge(found, RerankConfig(), read_trials([path], JUDGED))
+    # Behind 0.9 only a tenth of the frames is improved, which is not worth it on a task of its own.
+    assert {task: row["use"] for task, row in result["tasks"].items()} == {
+        "push": "off",
+        "pull": "off",
+        "lift": "rerank",
+    }
+    assert result["gates"]["rerank"] == 0.9
+
+
 def test_trials_take_only_the_seeds_that_all_arms_share(tmp_path: Path) -> None:
-    one = rollout_file(tmp_path / "a.json", [("push", "policy", seed, True) for seed in range(5)])
-    two = rollout_file(tmp_path / "b.json", [("push", "retrieve", seed, seed != 4) for seed in range(3, 8)])
-    found = read_trials([one, two], ["policy", "retrieve"])["push"]
-    assert found.seeds == (3, 4) and found.successes == {"policy": 2, "retrieve": 1}
+    one = rollout_file(tmp_path / "a.json", [("push", "policy", seed, True) for seed in range(12)])
+    two = rollout_file(tmp_path / "b.json", [("push", "retrieve", seed, seed != 4) for seed in range(3, 20)])
+    found = read_trials([one, two], JUDGED)["push"]
+    assert found.seeds == tuple(range(3, 12)) and found.successes == {"policy": 9, "retrieve": 8}
     assert found.best("retrieve") == "policy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"replan_every": 8}, "replan_every is 8, in the files before 4"), ({"gates": {"rerank": 0.5}}, "gates is"),
+     ({"backend": "libero"}, "backend is libero")],
+)  # fmt: skip
+def test_trials_of_other_settings_are_not_mixed(tmp_path: Path, changes: dict, message: str) -> None:
+    one = rollout_file(tmp_path / "a.json", trial_rows({"push": {"policy": 1}}))
+    two = rollout_file(tmp_path / "b.json", trial_rows({"push": {"retrieve": 1}}), **changes)
+    with pytest.raises(TrialsError, match=message):
+        read_trials([one, two], JUDGED)
+
+
+def test_trials_of_another_checkpoint_are_refused(tmp_path: Path) -> None:
+    path = rollout_file(tmp_path / "a.json", trial_rows({"push": {"policy": 1}}))
+    with pytest.raises(TrialsError, match="another checkpoint"):
+        read_trials([path], {**JUDGED, "fingerprint": "g"})
+
+
+def test_the_fingerprint_tells_weights_apart_but_not_gates(tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "a")
+    before = fingerprint(tmp_path / "a")
+    (tmp_path / "a" / "energy_gates.json").write_text("{}")
+    (tmp_path / "a" / "notes.txt").write_text("x")
+    assert fingerprint(tmp_path / "a") == before == fingerprint(TINY)
+    weights = tmp_path / "a" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert fingerprint(tmp_path / "a") != before
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (tmp_path / "a" / "energy_head--1_checkpoint.safetensors").write_bytes(b"")
+    assert fingerprint(tmp_path / "a") != before
 
 
 @pytest.mark.parametrize(
@@ -218,24 +372,26 @@ def test_trials_take_only_the_seeds_that_all_arms_share(tmp_path: Path) -> None:
     [
         ([("push", "policy", 0, True)] * 2, "comes twice"),
         ([("push", "retrieve", 0, True)], "no episodes of the arm policy"),
-        ([("push", "policy", 0, True), ("push", "retrieve", 1, True)], "share no seed"),
-        ([("push", "policy", 0, True), ("push", "refine", 0, True)], "refine, which this checkpoint cannot run"),
+        ([("push", "policy", 0, True), ("push", "retrieve", 1, True)], "share 0 seeds"),
+        (trial_rows({"push": {"policy": 1, "retrieve": 2}}, episodes=7), "share 7 seeds, which is no evidence"),
+        ([("push", "policy", 0, True), ("push", "replan", 0, True)], "replan, which this checkpoint cannot run"),
+        ([("push", "policy", 0, True), ("push", "retrieve@9", 0, True)], "retrieve@9: a chunk has 8 actions"),
         ([("push", "policy", 0, 1)], "wrong types"),
         ([], "empty"),
     ],
 )
 def test_trials_that_are_no_evidence_are_refused(tmp_path: Path, rows: list, message: str) -> None:
     with pytest.raises(TrialsError, match=message):
-        read_trials([rollout_file(tmp_path / "a.json", rows)], ["policy", "retrieve"])
+        read_trials([rollout_file(tmp_path / "a.json", rows)], JUDGED)
 
 
 def test_files_that_are_no_rollouts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(TrialsError, match="did not end"):
-        read_trials([rollout_file(tmp_path / "a.json", [("push", "policy", 0, True)], complete=False)], ["policy"])
+        read_trials([rollout_file(tmp_path / "a.json", [("push", "policy", 0, True)], complete=False)], JUDGED)
     for number, text in enumerate(("{}", "[]", "no json", '{"complete": true, "episodes": [{}]}')):
         path = tmp_path / f"{number}.json"
         path.write_text(text)
         with pytest.raises(TrialsError, match="is no result of vla-energy rollout"):
-            read_trials([path], ["policy"])
+            read_trials([path], JUDGED)
     with pytest.raises(TrialsError, match="is no result"):
-        read_trials([tmp_path / "missing.json"], ["policy"])
+        read_trials([tmp_path / "missing.json"], JUDGED)

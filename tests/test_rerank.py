@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
-from vla_energy.calibrate import calibrate_margin
+from vla_energy.calibrate import _hoeffding_bentkus, _shares, calibrate_margin, fewest_draws
 from vla_energy.checkpoint import CheckpointError, save_head
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.head import EnergyHead
@@ -214,6 +214,61 @@ def test_calibrated_margin_keeps_the_risk_on_new_rows() -> None:
     risks = [(math.exp(-m) - math.exp(-4)) / (2 * (4 - m)) for m in margins]
     assert np.mean([risk > 0.1 for risk in risks]) <= 0.1
     assert np.median(margins) < 1.0, "and it is not hopelessly careful"
+
+
+def _alike(episodes: int, risk: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """60 rows an episode, all of one worse or none, worse with probability `risk`."""
+    worse = (torch.rand(episodes, generator=generator) < risk).repeat_interleave(60)
+    energies = torch.stack([torch.zeros(len(worse)), -torch.rand(len(worse), generator=generator)], 1)
+    distances = torch.stack([torch.ones(len(worse)), torch.where(worse, 1.5, 0.5)], 1)
+    return energies, distances, torch.arange(episodes).repeat_interleave(60)
+
+
+def test_rows_of_one_episode_are_not_taken_for_independent() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [_alike(60, 0.12, generator) for _ in range(200)]
+    by_row = [calibrate_margin(energies, distances) for energies, distances, _ in draws]
+    by_episode = [calibrate_margin(energies, distances, episodes=episodes) for energies, distances, episodes in draws]
+    assert np.mean(np.isfinite(by_row)) > 0.3, "opened, although 0.12 is above the risk: what episodes are for"
+    assert np.mean(np.isfinite(by_episode)) <= 0.1
+    safe = [_alike(60, 0.005, generator) for _ in range(50)]
+    opened = [calibrate_margin(energies, distances, episodes=episodes) for energies, distances, episodes in safe]
+    assert np.mean(np.isfinite(opened)) > 0.8, "and it is not hopelessly careful"
+
+
+def test_the_fewest_episodes_that_can_open_the_gate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for episodes, opens in ((21, False), (22, True)):
+        energies, distances, of = _alike(episodes, 0.0, generator)
+        assert math.isfinite(calibrate_margin(energies, distances, episodes=of)) == opens
+    assert fewest_draws(0.1) == 22
+    with pytest.raises(ValueError, match="one a row"):
+        calibrate_margin(energies, distances, episodes=of[:-1])
+
+
+def test_the_sequence_of_margins_stops_at_the_first_that_fails() -> None:
+    # 60 episodes of 8 rows; the gate that takes two rows an episode is safe, with four it is not, with all it would be.
+    gain = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]).repeat(60) + 0.001 * torch.rand(480)
+    worse = torch.tensor([0, 0, 1, 0, 0, 0, 0, 0]).repeat(60).bool()
+    for risk, largest, smallest in ((0.1, 5.9, 7.1), (0.6, 0.0, 0.1)):
+        margin = calibrate_margin(
+            torch.stack([torch.zeros(480), -gain], 1), torch.stack([torch.ones(480), torch.where(worse, 2.0, 0.5)], 1),
+            risk, episodes=torch.arange(60).repeat_interleave(8),
+        )  # fmt: skip
+        assert largest <= margin <= smallest
+
+
+def test_the_share_of_an_episode_is_one_draw() -> None:
+    # 60 episodes of 10 rows; one row worse in each of 30: shares 0.1 and 0, mean 0.05.
+    worse = torch.zeros(60, 10)
+    worse[:30, 0] = 1
+    draws = _shares(worse.flatten().bool(), torch.arange(60).repeat_interleave(10))
+    assert draws.tolist() == [0.1] * 30 + [0.0] * 30
+    kl = 0.05 * math.log(0.05 / 0.1) + 0.95 * math.log(0.95 / 0.9)
+    bentkus = math.e * sum(math.comb(60, k) * 0.1**k * 0.9 ** (60 - k) for k in range(4))
+    assert _hoeffding_bentkus(draws, 0.1) == pytest.approx(min(math.exp(-60 * kl), bentkus))
+    assert _hoeffding_bentkus(torch.full((60,), 0.2), 0.1) == 1.0
+    assert _hoeffding_bentkus(torch.zeros(20), 0.1) == pytest.approx(0.9**20)
 
 
 def test_calibration_without_evidence_shuts_the_gate() -> None:

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_GRID = 16
-"""Margins tried; Bonferroni's correction pays for each."""
+_GRID, _SEQUENCE = 16, (4, 16)
+"""Margins tried on independent rows, each paid for by Bonferroni's correction; and on episodes, where each is tried if
+those before it passed: 4 to 16 sixteenths of the rows."""
 
 
 def calibrate_margin(
-    energies: Tensor, distances: Tensor, risk: float = 0.1, confidence: float = 0.9, tolerance: float = 0.0
+    energies: Tensor,
+    distances: Tensor,
+    risk: float = 0.1,
+    confidence: float = 0.9,
+    tolerance: float = 0.0,
+    episodes: Tensor | None = None,
 ) -> float:
     """The smallest margin whose accepted choices are worse than the policy's chunk at most with probability `risk`.
 
     With probability `confidence` over the held-out rows, P(worse | accepted) <= risk on new rows of the same
-    distribution. Rows must be exchangeable: take them from many episodes, not many from one. "Worse" is a distance
-    above that of the policy's chunk by more than `tolerance`.
+    distribution. "Worse" is a distance above that of the policy's chunk by more than `tolerance`.
 
-    Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021, arXiv:2110.01052) with exact binomial p-values
-    (Clopper and Pearson, 1934) and Bonferroni's correction over a grid fixed before outcomes are looked at: accept the
-    k rows of largest gain, for 16 values of k. Given the (k+1)-th largest gain, the k above it are independent draws
-    from the rows the gate would accept, so the number of worse ones is binomial.
+    Learn then Test (Angelopoulos, Bates, Candes, Jordan and Lei, 2021, arXiv:2110.01052) over a grid fixed before
+    outcomes are looked at: accept the k rows of largest gain, for several k. Without `episodes`, rows are taken for
+    independent: exact binomial p-values (Clopper and Pearson, 1934) and Bonferroni's correction; given the (k+1)-th
+    largest gain, the k above it are independent draws from the rows the gate would accept. With `episodes`, whole
+    episodes are independent and rows of one may be as alike as they like: of each episode in which the gate takes any
+    row, the share of worse ones among them is one draw between 0 and 1, and its mean is to be at most `risk`;
+    Hoeffding-Bentkus p-values (the paper's section 3.1), from a quarter of the rows to all, until one fails (fixed
+    sequence testing, its section 4).
 
     Args:
         energies: `(M,N)` of held-out candidates, index 0 the policy's; NaN counts as inf.
@@ -31,6 +41,8 @@ def calibrate_margin(
         risk: between 0 and 1.
         confidence: between 0 and 1.
         tolerance: 0 or more, in the distances' unit.
+        episodes: `(M,)` int, the episode of each row; at the defaults 22 in which nothing is worse are the fewest
+            that can pass, see `fewest_draws`. None where rows are independent.
 
     Returns:
         A margin for `choose`; inf where no margin passes, so that the gate stays shut.
@@ -46,28 +58,69 @@ def calibrate_margin(
         raise ValueError(f"tolerance={tolerance}: expected a finite number, 0 or more")
     if not distances.isfinite().all():
         raise ValueError("distances must be finite")
+    if episodes is not None and episodes.shape != distances.shape[:1]:
+        raise ValueError(f"episodes {tuple(episodes.shape)}: expected one a row, ({len(distances)},)")
     energies = energies.float()
     energies = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf))
     lowest, index = energies.min(1)
     gains, order = (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf).sort(descending=True)
     worse = (distances.gather(1, index[:, None])[:, 0] > distances[:, 0] + tolerance)[order]
-    positive = int((gains > 0).sum())
-    level = (1 - confidence) / _GRID
-    fewest = math.ceil(math.log(level) / math.log1p(-risk))  # fewer rows cannot pass even if none is worse
+    if episodes is None:
+        return _by_rows(gains, worse, risk, 1 - confidence)
+    return _by_episodes(gains, worse, episodes[order], risk, 1 - confidence)
+
+
+def fewest_draws(risk: float, level: float = 0.1) -> int:
+    """How many rows or episodes without anything worse a margin needs to pass at `level`, 1 less the confidence."""
+    return math.ceil(math.log(level) / math.log1p(-risk))
+
+
+def _by_rows(gains: Tensor, worse: Tensor, risk: float, level: float) -> float:
+    positive, fewest = int((gains > 0).sum()), fewest_draws(risk, level / _GRID)
     if positive < fewest:
         return math.inf
-    thresholds = [gains[k] if k < positive else gains.new_zeros(()) for k in _spread(fewest, positive, _GRID)]
     passing = [math.inf]
-    for threshold in thresholds:
+    for threshold in _thresholds(
+        gains, positive, [fewest + (positive - fewest) * i / (_GRID - 1) for i in range(_GRID)]
+    ):
         accepted = gains > threshold
         count, bad = int(accepted.sum()), int((accepted & worse).sum())
-        if count and _binomial_cdf(bad, count, risk) <= level:
-            passing.append(float(threshold))
+        if count and _binomial_cdf(bad, count, risk) <= level / _GRID:
+            passing.append(threshold)
     return min(passing)
 
 
-def _spread(low: int, high: int, count: int) -> list[int]:
-    return sorted({round(low + (high - low) * i / (count - 1)) for i in range(count)})
+def _by_episodes(gains: Tensor, worse: Tensor, episodes: Tensor, risk: float, level: float) -> float:
+    positive, margin = int((gains > 0).sum()), math.inf
+    first, last = _SEQUENCE
+    for threshold in _thresholds(gains, positive, [positive * i / last for i in range(first, last + 1)]):
+        accepted = gains > threshold
+        if not accepted.any():  # equal gains: nothing is tried
+            continue
+        if _hoeffding_bentkus(_shares(worse[accepted], episodes[accepted]), risk) > level:
+            break
+        margin = threshold
+    return margin
+
+
+def _thresholds(gains: Tensor, positive: int, counts: Sequence[float]) -> list[float]:
+    """From the largest to the smallest; each accepts the `count` rows of largest gain, or all that are positive."""
+    return [float(gains[k]) if k < positive else 0.0 for k in sorted({round(count) for count in counts})]
+
+
+def _shares(worse: Tensor, episodes: Tensor) -> Tensor:
+    """`(E,)` share of worse rows in each of the episodes that come."""
+    _, rank, count = episodes.unique(return_inverse=True, return_counts=True)
+    return torch.zeros(len(count), dtype=torch.float64).index_add_(0, rank, worse.double()) / count
+
+
+def _hoeffding_bentkus(draws: Tensor, mean: float) -> float:
+    """P-value of "their expectation is `mean` or more" for independent draws between 0 and 1 (arXiv:2110.01052)."""
+    n, found = len(draws), min(float(draws.mean()), mean)
+    divergence = (1 - found) * math.log((1 - found) / (1 - mean)) + (found * math.log(found / mean) if found else 0.0)
+    # A sum of shares that is whole but for rounding must not count as one more.
+    worse = math.ceil(float(draws.sum()) - 1e-9)
+    return min(1.0, math.exp(-n * divergence), math.e * _binomial_cdf(worse, n, mean))
 
 
 def _binomial_cdf(successes: int, trials: int, p: float) -> float:

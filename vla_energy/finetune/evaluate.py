@@ -68,8 +68,8 @@ def evaluate(job: Job, split: RldsDataset, head: EnergyHead | None, config: Fine
 def calibrated_gate(report: RankingReport, episodes: torch.Tensor) -> dict[str, Any]:
     """The gate's margin from one half of the held-out episodes, and what it does on the other half.
 
-    Frames of one episode are alike, which `calibrate_margin` does not know: with few episodes its guarantee is
-    weaker than it says. The other half tells what it is worth.
+    Whole episodes count, as frames of one are alike: few episodes leave the gate shut. The other half tells what the
+    margin is worth.
 
     Args:
         report: of M frames.
@@ -83,7 +83,7 @@ def calibrated_gate(report: RankingReport, episodes: torch.Tensor) -> dict[str, 
     ours, rest = rank % 2 == 0, rank % 2 == 1
     if not rest.any():
         return {"margin": None, "frames": 0}
-    margin = calibrate_margin(report.energies[ours], report.distances[ours], RISK)
+    margin = calibrate_margin(report.energies[ours], report.distances[ours], RISK, episodes=episodes[ours])
     distances = report.distances[rest]
     index, accepted = choose(report.energies[rest], margin)
     chosen = distances.gather(1, torch.where(accepted, index, 0)[:, None])[:, 0]

@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--statistics", metavar="NAME", help="whose statistics, where the checkpoint has several")
     parser.add_argument(
         "--rollouts", nargs="+", default=[], metavar="FILE",
-        help="results of vla-energy rollout with this checkpoint and several arms: where there are any, the arm with "
-        "the most successes is recommended for the task; evaluate on other seeds",
+        help="results of vla-energy rollout with this checkpoint and several arms, 8 episodes or more each: the arm "
+        "with the most successes is recommended for the task; evaluate on other seeds",
     )  # fmt: skip
     parser.add_argument("--max-frames", type=int, default=5_000, metavar="N", help="frames to look at (default 5000)")
     parser.add_argument("--out", required=True, metavar="DIR", help="preflight.json and preflight.html go there")
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vla_energy.config import EnergyConfig
     from vla_energy.finetune.frames import FrameReader
+    from vla_energy.fingerprint import fingerprint
     from vla_energy.gates import load_advisor, save_gates
     from vla_energy.preflight.measure import measure
     from vla_energy.preflight.trials import read_trials
@@ -63,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "--split train: the memory holds these very frames and would find each itself; take a held-out split"
         )
-    trials = read_trials(args.rollouts, advisor.arms)
+    judged = {"fingerprint": fingerprint(args.checkpoint), "arms": advisor.arms, "horizon": vla.horizon}
+    trials = read_trials(args.rollouts, judged)
     head = EnergyConfig() if advisor.reranker is None else advisor.reranker.config
     frames = reader.read(args.split, args.max_frames, candidates=head.candidates)
     measured = measure(advisor, frames, args.seed)

@@ -14,6 +14,8 @@ from vla_energy.preflight.measure import Measured, ModeRecord
 
 WORTH = 0.1
 """Share of the policy's L1 that a mode must take away over all tasks to be worth using."""
+FEWEST = 5
+"""Judging episodes below which an interval over episodes says nothing."""
 _RESAMPLES = 2_000
 
 
@@ -44,20 +46,23 @@ class Effect:
 
     @property
     def helps(self) -> bool:
-        """Whether the mode is worth using."""
-        return self.change <= -WORTH and self.interval[1] < 0
+        """Whether the mode is worth using, as far as enough episodes tell."""
+        return self.episodes >= FEWEST and self.change <= -WORTH and self.interval[1] < 0
 
 
-def halves(episodes: Tensor) -> tuple[Tensor, Tensor]:
-    """`(M,)` bool of frames that calibrate and of those that judge: every other episode.
+def halves(measured: Measured) -> tuple[Tensor, Tensor]:
+    """`(M,)` bool of frames that calibrate and of those that judge: every other episode of each task.
 
     Raises:
         ValueError: fewer than two episodes.
     """
-    _, rank = episodes.unique(return_inverse=True)
-    if int(rank.max()) < 1:
+    keys = list(zip(measured.tasks, measured.episodes.tolist(), strict=True))
+    # Counted on from task to task: where tasks have one episode each, every other task judges.
+    rank = {key: index for index, key in enumerate(sorted(set(keys)))}
+    if len(rank) < 2:
         raise ValueError("preflight needs frames of two episodes or more: one half sets the gates, the other judges")
-    return rank % 2 == 0, rank % 2 == 1
+    judges = torch.tensor([rank[key] % 2 == 0 for key in keys])
+    return ~judges, judges
 
 
 def calibrate(measured: Measured, record: ModeRecord, rows: Tensor, config: RerankConfig) -> float:
@@ -65,7 +70,9 @@ def calibrate(measured: Measured, record: ModeRecord, rows: Tensor, config: Rera
     energies = torch.stack([torch.zeros_like(record.gain), -record.gain.clamp(max=1e30)], 1)
     distances = torch.stack([measured.policy_error, record.error], 1)
     tolerance = config.tolerance * float(measured.policy_error[rows].mean())
-    return calibrate_margin(energies[rows], distances[rows], config.risk, tolerance=tolerance)
+    return calibrate_margin(
+        energies[rows], distances[rows], config.risk, tolerance=tolerance, episodes=measured.episodes[rows]
+    )
 
 
 def effect(measured: Measured, record: ModeRecord, margin: float, rows: Tensor) -> Effect:

@@ -6,14 +6,19 @@ Held-out L1 is a proxy of success and wrong on some tasks (docs/does-it-help.md)
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla_energy.modes import split_arm
 
 _NEVER = ("recommended",)  # what is to be decided here cannot be what decides
+_FEWEST = 8
+"""Episodes an arm below which a task's trials are no evidence: at 8, an arm that solves 30 percent looks at least as
+good as one that solves 70 in 1 of 13 tries."""
+_SAME = ("replan_every", "backend")
 
 
 class TrialsError(ValueError):
@@ -28,62 +33,98 @@ class Trials:
         successes: by arm, in the order of the files.
         episodes: how many each arm has, on the same seeds.
         seeds: the seeds, sorted.
+        margins: the gates behind which the modes ran, by mode; inf: shut, so the policy was executed.
     """
 
     successes: dict[str, int]
     episodes: int
     seeds: tuple[int, ...]
+    margins: Mapping[str, float] = field(default_factory=dict)
 
     def best(self, expected: str) -> str:
-        """The arm with the most successes; among equals `expected`, then the policy, then the first."""
-        most = max(self.successes.values())
-        equals = [arm for arm, count in self.successes.items() if count == most]
+        """The arm with the most successes; among equals `expected`, then the policy, then the first.
+
+        An arm that was not tried is not overruled by a policy that nothing else tried beats: then it is `expected`
+        that stays. Arms behind a shut gate executed the policy, so they do not count.
+        """
+        ran = {arm: n for arm, n in self.successes.items() if self.margins.get(split_arm(arm)[0], 0.0) < math.inf}
+        most = max(ran.values())
+        equals = [arm for arm, count in ran.items() if count == most]
+        if "policy" in equals and expected not in ran:
+            return "policy" if expected == "off" else expected
         return next((arm for arm in (expected, "policy") if arm in equals), equals[0])
 
 
-def read_trials(paths: Sequence[str | Path], available: Sequence[str]) -> dict[str, Trials]:
+def read_trials(paths: Sequence[str | Path], checkpoint: Mapping[str, Any]) -> dict[str, Trials]:
     """Trials by instruction, from results of `vla-energy rollout` with the checkpoint that is judged.
 
     Args:
         paths: results files; arms of one task may be spread over several.
-        available: arms that the checkpoint can run, without `@n`.
+        checkpoint: what is judged: its `fingerprint` (see `vla_energy.fingerprint`), the `arms` that it can run,
+            without `@n`, and its `horizon`.
 
     Raises:
-        TrialsError: a file cannot be read, is of a run that did not end, has arms that the checkpoint cannot run, or
-            names no instructions; an episode comes twice; a task lacks the arm `policy` or seeds that all arms share.
+        TrialsError: a file cannot be read, is of a run that did not end, of another checkpoint or of other settings
+            than the rest, has arms that the checkpoint cannot run, or names no instructions; an episode comes twice;
+            a task lacks the arm `policy`, or `_FEWEST` seeds that all arms share.
     """
     found: dict[str, dict[str, dict[int, bool]]] = {}
-    for path in paths:
-        for task, arm, seed, success in _episodes(Path(path)):
+    same: dict[str, Any] = {}
+    for path in map(Path, paths):
+        rows, ran = _read(path)
+        if ran.pop("fingerprint") != checkpoint["fingerprint"]:
+            raise TrialsError(f"{path} is of another checkpoint, or of this one before it was changed: run it again")
+        for name, value in ran.items():
+            if same.setdefault(name, value) != value:
+                raise TrialsError(f"{path}: {name} is {value}, in the files before {same[name]}: run them alike")
+        for task, arm, seed, success in rows:
             if arm in _NEVER:
                 continue
-            if split_arm(arm)[0] not in available:
-                raise TrialsError(f"{path}: arm {arm}, which this checkpoint cannot run; it has {', '.join(available)}")
+            _check_arm(path, arm, checkpoint)
             seeds = found.setdefault(task, {}).setdefault(arm, {})
             if seed in seeds:
                 raise TrialsError(f"{path}: task {task!r}, arm {arm}, seed {seed} comes twice")
             seeds[seed] = success
-    return {task: _pair(task, arms) for task, arms in found.items()}
+    return {task: _pair(task, arms, same["gates"]) for task, arms in found.items()}
 
 
-def _pair(task: str, arms: Mapping[str, Mapping[int, bool]]) -> Trials:
+def _check_arm(path: Path, arm: str, checkpoint: Mapping[str, Any]) -> None:
+    name, every = split_arm(arm)
+    if name not in checkpoint["arms"]:
+        raise TrialsError(
+            f"{path}: arm {arm}, which this checkpoint cannot run; it has {', '.join(checkpoint['arms'])}"
+        )
+    if every is not None and every > checkpoint["horizon"]:
+        raise TrialsError(f"{path}: arm {arm}: a chunk has {checkpoint['horizon']} actions")
+
+
+def _pair(task: str, arms: Mapping[str, Mapping[int, bool]], margins: Mapping[str, float]) -> Trials:
     if "policy" not in arms:
         raise TrialsError(f"task {task!r}: no episodes of the arm policy, with which the others are compared")
     shared = sorted(set.intersection(*(set(seeds) for seeds in arms.values())))
-    if not shared:
-        raise TrialsError(f"task {task!r}: arms {', '.join(arms)} share no seed; run them in one rollout")
-    return Trials({arm: sum(seeds[seed] for seed in shared) for arm, seeds in arms.items()}, len(shared), tuple(shared))
+    if len(shared) < _FEWEST:
+        raise TrialsError(
+            f"task {task!r}: arms {', '.join(arms)} share {len(shared)} seeds, which is no evidence: run {_FEWEST} "
+            "episodes or more, all arms in one rollout"
+        )
+    counts = {arm: sum(seeds[seed] for seed in shared) for arm, seeds in arms.items()}
+    return Trials(counts, len(shared), tuple(shared), margins)
 
 
-def _episodes(path: Path) -> list[tuple[str, str, int, bool]]:
+def _read(path: Path) -> tuple[list[tuple[str, str, int, bool]], dict[str, Any]]:
+    """A file's episodes, and what all files must have in common with each other and with the checkpoint."""
     try:
         data: Any = json.loads(path.read_text())
         if data["complete"] is not True:
             raise TrialsError(f"{path} is of a rollout that did not end: run it again")
         rows = [(row["instruction"], row["arm"], row["seed"], row["success"]) for row in data["episodes"]]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        policy = data["meta"]["checkpoint"]
+        gates = {mode: math.inf if margin is None else float(margin) for mode, margin in policy["gates"].items()}
+        ran = {"fingerprint": policy["fingerprint"], "gates": gates, "center_crop": policy["center_crop"]}
+        ran |= {name: data["settings"][name] for name in _SAME}
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise TrialsError(f"{path} is no result of vla-energy rollout ({type(error).__name__}: {error})") from error
     kinds = (str, str, int, bool)
     if not rows or not all(type(value) is kind for row in rows for value, kind in zip(row, kinds, strict=True)):
         raise TrialsError(f"{path} is no result of vla-energy rollout: its episodes are empty or have wrong types")
-    return rows
+    return rows, ran

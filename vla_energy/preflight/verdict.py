@@ -9,24 +9,22 @@ where the policy is stuck (docs/does-it-help.md). Where episodes were tried, the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vla_energy.config import RerankConfig
 from vla_energy.modes import split_arm
-from vla_energy.preflight.effects import WORTH, Effect, calibrate, effect, halves
+from vla_energy.preflight.effects import Effect, calibrate, effect, halves
 from vla_energy.preflight.measure import Measured
 from vla_energy.preflight.trials import Trials
+from vla_energy.preflight.words import reasons_of, shut_trials, unseen_trials
 
 TASK_WORTH = 0.25
 """`WORTH` for one task, told by its few episodes alone; on a task with 0.13 retrieval cost 20 points of success."""
-_LATE = 1.5  # ratio of late to early error from which shorter chunks are advised
-_HEADROOM = 0.1  # an oracle that takes away less than this leaves nothing to choose
 
 
 def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, Trials] | None = None) -> dict[str, Any]:
@@ -35,7 +33,8 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     Args:
         measured: on held-out frames.
         gates_config: risk and tolerance.
-        trials: episodes by instruction. Where there are any they decide on the task, whatever its L1 says.
+        trials: episodes by instruction. Where there are any they decide on the task, whatever its L1 says. A mode that
+            won keeps the margin behind which it was tried.
 
     Returns:
         `gates` {mode: margin}, shut where the mode is not worth using; `modes` {mode: effect (behind the calibrated
@@ -46,7 +45,7 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     Raises:
         ValueError: fewer than two episodes.
     """
-    ours, rest = halves(measured.episodes)
+    ours, rest = halves(measured)
     gates, modes, effects = {}, {}, {}
     for mode, record in measured.modes.items():
         # Plain retrieval is the baseline that others are compared with: it has no gate.
@@ -68,11 +67,14 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
         "forward_ms": measured.forward_milliseconds,
     }
     tasks = _tasks(measured, gates, rest, use)
-    _try(tasks, trials or {})
-    open_gates = {"retrieve", *(mode for mode in gates if effects[mode].helps)}
-    # An arm that won its trials did so behind some margin: its gate is not shut because of its L1.
-    open_gates |= {split_arm(row["use"])[0] for row in tasks.values() if row["trials"]}
-    reasons = _reasons(use, effects, gates, measured)
+    won = _try(tasks, trials or {})
+    open_gates = {"retrieve", *(mode for mode in gates if effects[mode].helps), *won}
+    reasons = reasons_of(use, effects, gates, measured, gates_config.risk)
+    if won.get(use, gates.get(use)) != gates.get(use):
+        # Where it was not tried it will run behind the margin of the trials, so that one is judged.
+        untried = _tasks(measured, {**gates, **won}, rest, use)
+        tasks.update({task: {**row, "trials": None} for task, row in untried.items() if task not in (trials or {})})
+    gates.update(won)
     if trials:
         use, reasons = _with_trials(use, reasons, trials, tasks)
     return {
@@ -84,15 +86,24 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     }
 
 
-def _try(tasks: dict[str, Any], trials: Mapping[str, Trials]) -> None:
-    """Puts the arm that won the trials in the place of what held-out frames say; `policy` is `off`."""
+def _try(tasks: dict[str, Any], trials: Mapping[str, Trials]) -> dict[str, float]:
+    """Puts the arm that won the trials in the place of what held-out frames say; `policy` is `off`.
+
+    Returns:
+        The margins of the modes that won, behind which they did.
+    """
     for row in tasks.values():
         row["trials"] = None
+    won = {}
     for task, found in trials.items():
         row = tasks.setdefault(task, {"use": "off", "effects": {}})
         best = found.best(row["use"])
         row["use"] = "off" if best == "policy" else best
         row["trials"] = {"episodes": found.episodes, "successes": found.successes}
+        mode = split_arm(best)[0]
+        if best in found.successes and mode in found.margins:
+            won[mode] = found.margins[mode]
+    return won
 
 
 def _best(effects: dict[str, Effect]) -> str:
@@ -105,7 +116,8 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
     table: dict[str, Any] = {}
     for task in sorted(set(measured.tasks)):
         rows = rest & torch.tensor([name == task for name in measured.tasks])
-        if not rows.any():
+        if not rows.any():  # its only episode set the gates
+            table[task] = {"use": "off", "effects": {}}
             continue
         found = {mode: effect(measured, record, gates[mode], rows) for mode, record in measured.modes.items()}
         # A task has few episodes, so its interval decides nothing: the mode is sure overall, the task must agree.
@@ -121,51 +133,13 @@ def _with_trials(
     episodes = sum(found.episodes for found in trials.values())
     policy = sum(found.successes["policy"] for found in trials.values())
     arms = {task: "policy" if tasks[task]["use"] == "off" else tasks[task]["use"] for task in trials}
-    best = sum(found.successes[arms[task]] for task, found in trials.items())
+    # A mode that was not tried on a task may still be advised for it; the policy's count is what is known there.
+    best = sum(found.successes.get(arms[task], found.successes["policy"]) for task, found in trials.items())
     text = (
         f"{len(trials)} tasks were tried in {episodes} episodes an arm: the policy succeeds in {policy}, the best arm "
         f"of each task in {best} (as it was chosen by these episodes, expect less)"
     )
+    reasons = [*reasons, *shut_trials(trials), *unseen_trials(tasks)]
     if best == policy:
         return use, [reasons[0], text, *reasons[1:]]
     return "recommended", [f"use recommended, by task: {text}", f"on held-out data alone: {reasons[0]}", *reasons[1:]]
-
-
-def _reasons(use: str, effects: dict[str, Effect], gates: dict[str, float], measured: Measured) -> list[str]:
-    reasons = []
-    for mode, found in effects.items():
-        low, high = (100 * bound for bound in found.interval)
-        text = f"{mode}: L1 {found.l1_policy:.4f} to {found.l1_gated:.4f} ({100 * found.change:+.0f} %, {low:+.0f} to "
-        text += f"{high:+.0f}), {100 * found.accepted:.0f} % of chunks replaced"
-        if not math.isfinite(gates[mode]):
-            text += "; no margin was safe on the calibration half, so its gate stays shut"
-        elif mode != "retrieve" and found.l1_oracle > (1 - _HEADROOM) * found.l1_policy:
-            text += (
-                f"; even the best candidate has {found.l1_oracle:.4f}, there is little to choose: its gate stays shut"
-            )
-        elif not found.helps and mode == "retrieve":
-            text += f"; less than {100 * WORTH:.0f} % better, or not surely"
-        elif not found.helps:
-            text += f"; less than {100 * WORTH:.0f} % better, or not surely: its gate stays shut"
-        reasons.append(text)
-    early, late = _early_and_late(measured.by_step.tolist())
-    if late > _LATE * early:
-        reasons.append(
-            f"the policy's error grows along the chunk ({early:.4f} to {late:.4f}): ask it more often "
-            "(--replan-every), or let the arm replan do so where its energy says"
-        )
-    chosen = "leave reranking off" if use == "off" else f"use {use}"
-    return [f"{chosen}: {_why(use, effects)}", *reasons]
-
-
-def _why(use: str, effects: dict[str, Effect]) -> str:
-    if use == "off":
-        return "no mode is surely better than the policy on held-out episodes"
-    found = effects[use]
-    gap = "" if found.gap_closed is None else f", {100 * found.gap_closed:.0f} % of the gap to the best candidate"
-    return f"it takes {-100 * found.change:.0f} % off the policy's held-out L1{gap}"
-
-
-def _early_and_late(errors: Sequence[float]) -> tuple[float, float]:
-    half = max(1, len(errors) // 2)
-    return float(np.mean(errors[:half])), float(np.mean(errors[half:] or errors))

@@ -19,6 +19,7 @@ from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
 from vla_energy.crops import crop_chunks
 from vla_energy.data.augment import center_crop
+from vla_energy.fingerprint import fingerprint
 from vla_energy.gates import load_advisor
 from vla_energy.modes import Frame, replan, split_arm
 from vla_energy.rollout.interface import Decision, Request, check_arms
@@ -45,7 +46,7 @@ class CheckpointPolicy:
         self._crop = config.center_crop
         self._num_images = config.num_images
         self._statistics: DatasetStatistics = select_statistics(self._vla.statistics, dataset)
-        self._folder = folder
+        self._folder, self._fingerprint = folder, fingerprint(folder)
         self._advisor = load_advisor(
             folder, self._statistics, self.horizon, self.action_dim, self._vla.context_dim, self._device
         )
@@ -68,10 +69,11 @@ class CheckpointPolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The folder's name, the gates' margins, and the size of the memory."""
+        """The folder's name and fingerprint, the gates' margins, and the size of the memory."""
         memory = self._advisor.memory
         return {
             "checkpoint": self._folder.name,
+            "fingerprint": self._fingerprint,
             "gates": {mode: self._advisor.gates[mode] for mode in self._advisor.modes},
             "memory": None if memory is None else {"frames": len(memory), "bytes": memory.nbytes},
             "recommended": self._advisor.tasks,
