@@ -162,6 +162,17 @@ def test_a_gain_that_one_episode_makes_is_not_sure() -> None:
     assert judge(found, RerankConfig())["verdict"]["use"] == "off"
 
 
+def test_gates_count_episodes_not_frames() -> None:
+    policy, gain = draws()
+    many = measured({"rerank": record(0.5 * policy, gain)}, policy)
+    ours, _ = halves(many)
+    assert math.isfinite(calibrate(many, many.modes["rerank"], ours, RerankConfig()))
+    many.episodes = many.episodes // 5  # 16 episodes of 25 frames: as many frames, too few episodes
+    many.tasks = ["push"] * len(many.tasks)
+    ours, _ = halves(many)
+    assert math.isinf(calibrate(many, many.modes["rerank"], ours, RerankConfig()))
+
+
 def test_late_errors_advise_to_ask_more_often() -> None:
     policy, gain = draws()
     reasons = judge(measured({"rerank": record(policy, gain)}, policy), RerankConfig())["verdict"]["reasons"]
