@@ -112,25 +112,27 @@ def test_each_task_has_both_halves_where_it_has_two_episodes() -> None:
     assert rest.tolist() == [True, True, True, False, False, False, True] and torch.equal(ours, ~rest)
 
 
-def test_a_task_whose_only_episode_calibrates_is_left_off() -> None:
-    policy, gain = draws()
-    found = measured({"retrieve": record(0.5 * policy, torch.full_like(gain, math.inf))}, policy)
+def test_a_task_whose_only_episode_calibrates_has_no_gated_mode() -> None:
+    found = seen_tasks(rerank=0.4, retrieve=0.95)
+    alone = found.episodes == 0  # "z" comes last, after an odd number of episodes
+    found.tasks = ["z" if mine else task for mine, task in zip(alone.tolist(), found.tasks, strict=True)]
     ours, _ = halves(found)
-    alone = found.episodes == found.episodes[ours][0]
-    found.tasks = ["alone" if mine else task for mine, task in zip(alone.tolist(), found.tasks, strict=True)]
-    _, rest = halves(found)
-    if (rest & alone).any():  # it comes first in the alphabet: then another single task has to come before it
-        found.tasks = [
-            "aa" if e == EPISODES - 1 else task for e, task in zip(found.episodes.tolist(), found.tasks, strict=True)
-        ]
+    assert ours[alone].all()
     result = judge(found, RerankConfig())
-    assert result["verdict"]["use"] == "retrieve"
-    assert result["tasks"]["alone"] == {"use": "off", "effects": {}, "trials": None}
+    assert result["verdict"]["use"] == "rerank" == result["tasks"]["push"]["use"]
+    assert result["tasks"]["z"]["use"] == "off" and set(result["tasks"]["z"]["effects"]) == {"retrieve"}
+
+
+def test_plain_retrieval_is_judged_on_all_episodes() -> None:
+    found = seen_tasks()
+    effects = {mode: row["effect"] for mode, row in judge(found, RerankConfig())["modes"].items()}
+    assert effects["retrieve"]["episodes"] == EPISODES == 2 * effects["rerank"]["episodes"]
+    assert effects["retrieve"]["l1_policy"] == pytest.approx(float(found.policy_error.mean()))
 
 
 def few(episodes: int, error: float) -> dict:
-    """The verdict where `episodes` judge as many calibrate; the modes' errors are `error` times the policy's."""
-    rows = torch.arange(2 * episodes).repeat_interleave(EACH)
+    """The verdict where `episodes` judge; the mode's errors are `error` times the policy's."""
+    rows = torch.arange(episodes).repeat_interleave(EACH)
     policy = 0.1 + 0.1 * torch.rand(len(rows), generator=torch.Generator().manual_seed(1))
     modes = {"retrieve": record(error * policy, torch.full_like(policy, math.inf))}
     return judge(Measured(policy, torch.ones(2), rows, ["push"] * len(rows), modes, 1.0), RerankConfig())
@@ -140,7 +142,9 @@ def test_few_episodes_advise_nothing() -> None:
     assert few(5, 0.3)["verdict"]["use"] == "retrieve"
     result = few(4, 0.3)
     assert result["verdict"]["use"] == "off" and {row["use"] for row in result["tasks"].values()} == {"off"}
-    assert any("4 held-out episodes judge, which is too few" in reason for reason in result["verdict"]["reasons"])
+    assert any(
+        "4 held-out episodes judge it, nothing is advised below 5" in reason for reason in result["verdict"]["reasons"]
+    )
 
 
 def test_a_task_must_gain_more_than_all_tasks() -> None:
@@ -152,11 +156,9 @@ def test_a_task_must_gain_more_than_all_tasks() -> None:
 def test_a_gain_that_one_episode_makes_is_not_sure() -> None:
     policy, gain = draws()
     found = measured({"retrieve": record(policy.clone(), torch.full_like(gain, math.inf))}, policy)
-    _, rest = halves(found)
-    judging = found.episodes[rest].unique()
-    lucky, unlucky = (found.episodes == judging[0]), (found.episodes == judging[1])
-    found.policy_error = torch.where(lucky, 20 * policy, policy)
-    found.modes["retrieve"].error = torch.where(unlucky, 4 * policy, policy)
+    lucky, unlucky = found.episodes == 0, found.episodes == 1
+    found.policy_error = torch.where(lucky, 40 * policy, policy)
+    found.modes["retrieve"].error = torch.where(unlucky, 9 * policy, policy)
     effects = judge(found, RerankConfig())["modes"]["retrieve"]["effect"]
     assert effects["change"] < -0.1 and effects["interval"][1] >= 0
     assert judge(found, RerankConfig())["verdict"]["use"] == "off"

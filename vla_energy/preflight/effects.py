@@ -1,4 +1,4 @@
-"""What a gated mode does to the held-out error: one half of the episodes sets its margin, the other half tells."""
+"""What a mode does to the held-out error: one half of the episodes sets its margin, if it has one, the other tells."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RESAMPLES = 2_000
 
 @dataclass(frozen=True)
 class Effect:
-    """A gated mode on held-out frames that did not set its margin.
+    """A mode on held-out frames that did not set its margin.
 
     Attributes:
         frames, episodes: how many.

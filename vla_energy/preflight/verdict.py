@@ -50,7 +50,7 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     for mode, record in measured.modes.items():
         # Plain retrieval is the baseline that others are compared with: it has no gate.
         gates[mode] = 0.0 if mode == "retrieve" else calibrate(measured, record, ours, gates_config)
-        effects[mode] = effect(measured, record, gates[mode], rest)
+        effects[mode] = effect(measured, record, gates[mode], _judging(mode, rest))
         modes[mode] = {
             "effect": asdict(effects[mode]),
             "spearman": record.spearman,
@@ -112,16 +112,20 @@ def _best(effects: dict[str, Effect]) -> str:
     return min(helping)[2] if helping else "off"
 
 
+def _judging(mode: str, rest: Tensor) -> Tensor:
+    """The frames that judge: all for plain retrieval, as no margin of it was set on any."""
+    return torch.ones_like(rest) if mode == "retrieve" else rest
+
+
 def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for task in sorted(set(measured.tasks)):
-        rows = rest & torch.tensor([name == task for name in measured.tasks])
-        if not rows.any():  # its only episode set the gates
-            table[task] = {"use": "off", "effects": {}}
-            continue
-        found = {mode: effect(measured, record, gates[mode], rows) for mode, record in measured.modes.items()}
+        mine = torch.tensor([name == task for name in measured.tasks])
+        # A task's only episode may have set the gates: then no gated mode is judged on it.
+        rows = {mode: _judging(mode, rest) & mine for mode in measured.modes}
+        found = {m: effect(measured, measured.modes[m], gates[m], rows[m]) for m in rows if rows[m].any()}
         # A task has few episodes, so its interval decides nothing: the mode is sure overall, the task must agree.
-        helps = use != "off" and found[use].change <= -TASK_WORTH
+        helps = use in found and found[use].change <= -TASK_WORTH
         table[task] = {"use": use if helps else "off", "effects": {mode: asdict(part) for mode, part in found.items()}}
     return table
 

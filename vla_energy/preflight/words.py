@@ -37,13 +37,12 @@ def reasons_of(
 ) -> list[str]:
     """What is advised and why, then a sentence a mode."""
     reasons = []
-    judging = next(iter(effects.values())).episodes
-    if judging < FEWEST:
-        reasons.append(f"{judging} held-out episodes judge, which is too few: nothing is advised below {FEWEST}")
     for mode, found in effects.items():
         low, high = (100 * bound for bound in found.interval)
         text = f"{mode}: L1 {found.l1_policy:.4f} to {found.l1_gated:.4f} ({100 * found.change:+.0f} %, {low:+.0f} to "
         text += f"{high:+.0f}), {100 * found.accepted:.0f} % of chunks replaced"
+        if found.episodes < FEWEST:
+            text += f"; {found.episodes} held-out episodes judge it, nothing is advised below {FEWEST}"
         if not math.isfinite(gates[mode]):
             text += "; no margin was safe on the episodes that calibrate, so its gate stays shut"
             text += f" ({fewest_draws(risk)} of them are the fewest that can show it)"
