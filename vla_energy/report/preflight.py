@@ -17,7 +17,8 @@ def write_page(result: Mapping[str, Any], out: str | Path) -> Path:
     body = [
         f"<h1>{html.escape(first)}</h1>",
         "<p>L1 to the expert's chunk on held-out frames, normalised units; half of the episodes set the gates, the "
-        "other half is told; plain retrieval, which has none, is told on all. Whether a lower L1 means more success only rollouts tell.</p>",
+        "other half is told; plain retrieval, which has none, is told on all. Whether a lower L1 means more success "
+        "only rollouts tell.</p>",
         "<ul>" + "".join(f"<li>{html.escape(reason)}</li>" for reason in rest) + "</ul>",
         "<h2>Modes</h2>",
         table(("mode", "L1 policy", "L1 gated", "change", "95% interval", "gap closed", "replaced", "of these worse",
