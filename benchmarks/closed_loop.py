@@ -118,7 +118,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags; what does not go together is refused."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--quick", action="store_true", help="everything from what ships with us, about a minute of CPU")
+    what.add_argument(
+        "--quick", action="store_true", help="everything from what ships with us: 1.5 minutes of CPU time"
+    )
     what.add_argument("--checkpoint", type=Path, help="study this checkpoint; needs --tasks")
     what.add_argument("--report", type=Path, nargs="+", help="only print the tables of earlier results")
     parser.add_argument("--tasks", type=_names, default=[], help="comma-separated")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def episodes(task: str, arm: str, successes: Sequence[int], first: int = 0, **mo
     ]
 
 
-def result(tasks: dict[str, dict[str, Sequence[int]]], verdicts: dict[str, str] | None = None) -> dict[str, Any]:
+def result(tasks: Mapping[str, Mapping[str, Sequence[int]]], verdicts: dict[str, str] | None = None) -> dict[str, Any]:
     """A study of successes by task and arm; `verdicts` by instruction."""
     rows = [row for task, arms in tasks.items() for arm, found in arms.items() for row in episodes(task, arm, found)]
     timed = {arm: {"milliseconds_per_decision": {"mean": 5.0}} for arms in tasks.values() for arm in arms}
@@ -148,7 +148,7 @@ def test_recommended_repeats_the_arm_that_the_verdict_names() -> None:
     [
         ("retrieve", {"policy": NONE, "retrieve": ALL}, 1.0, True, True),
         ("retrieve", {"policy": NONE, "retrieve": WON}, 0.1, True, True),
-        ("retrieve", {"policy": ALL, "retrieve": ALL}, 0.0, True, True),
+        ("retrieve", {"policy": ALL, "retrieve": ALL, "rerank": NONE}, 0.0, True, True),
         ("retrieve", {"policy": WON, "retrieve": WON}, 0.0, True, False),
         ("retrieve", {"policy": ALL, "retrieve": LOST}, -0.1, True, False),  # the interval reaches 0
         ("retrieve", {"policy": ALL, "retrieve": NONE}, -1.0, False, False),
@@ -191,23 +191,32 @@ def test_what_cannot_be_judged_is_told_with_the_reason() -> None:
 
 
 def test_the_report_adds_studies_up_and_tells_what_is_left_out() -> None:
-    verdicts = {"go a": "retrieve", "b": "retrieve@1", "c": "off"}
+    verdicts = {"go a": "retrieve", "b": "retrieve@1", "c d": "off", "e": "retrieve"}
     first = result({"a": {"policy": NONE, "retrieve": ALL}, "b": {"policy": NONE, "retrieve": ALL}}, verdicts)
     for episode in first["episodes"]:
         episode["instruction"] = {"a": "go a", "b": "b"}[episode["task"]]
-    second = result({"c": {"policy": NONE, "retrieve": ALL}}, verdicts)  # without instructions, as earlier versions
+    tasks = {"b": {"policy": ALL, "retrieve": NONE}, "c-d": {"policy": NONE, "retrieve": ALL}}
+    # The second is without instructions, as results of earlier versions.
+    second = result({**tasks, "e": {"policy": WON, "retrieve": WON}}, verdicts)
     lines = report([first, second]).splitlines()
-    assert "| recommended | 50.0 % | +50.0 (+50.0 to +50.0) | -50.0 (-50.0 to -50.0) | 8.0 |  |" in lines
-    assert "| b | 0 | 100* |  |" in lines and "| a | 0 | 100* | 100* |" in lines
+    assert "| retrieve | 62.0 % | +40.0 (+40.0 to +40.0) |  | 8.0 | 5.0 |" in lines, "(1 + 1 - 1 + 1 + 0) / 5"
+    assert "| recommended | 36.7 % | +33.3 (+33.3 to +33.3) | -33.3 (-33.3 to -33.3) | 8.0 |  |" in lines
+    assert "| b | 0 | 100* |  |" in lines and "| a | 0 | 100* | 100* |" in lines and "| c-d | 0 | 100* | 0 |" in lines
     where = lines.index("`recommended` is over fewer tasks than the other arms:")
     assert lines[where + 1] == "- b: retrieve@1, which the verdict names, was not run"
     assert "The verdict is not refuted on 1 of 1 tasks, strictly right on 1:" in lines
-    assert "- a: retrieve, measured +100" in lines and "- c: off, measured +100" in lines
-    assert "- b: not judged, retrieve@1, which the verdict names, was not run" in lines
-    assert "The verdict is not refuted on 0 of 1 tasks, strictly right on 0:" in lines
-    assert lines[-1] == "All studies: The verdict is not refuted on 1 of 2 tasks, strictly right on 1"
-    plain = report([result({"a": {"policy": NONE, "retrieve": ALL}})])
-    assert "recommended" not in plain and "verdict" not in plain and "All studies" not in plain
+    assert "- a: retrieve, measured +100" in lines and "- c-d: off, measured +100" in lines
+    assert lines.count("- b: not judged, retrieve@1, which the verdict names, was not run") == 2
+    assert "The verdict is not refuted on 1 of 2 tasks, strictly right on 0:" in lines
+    assert lines[-1] == "All studies: The verdict is not refuted on 2 of 3 tasks, strictly right on 1"
+
+
+def test_the_report_of_one_study_has_no_sums_and_without_a_preflight_no_verdict() -> None:
+    tasks = {"a": {"policy": NONE, "retrieve": ALL}}
+    told = report([result(tasks, {"a": "retrieve"})])
+    assert "The verdict is not refuted on 1 of 1" in told and "All studies" not in told and "fewer tasks" not in told
+    plain = report([result(tasks)])
+    assert "recommended" not in plain and "verdict" not in plain
 
 
 # The command.

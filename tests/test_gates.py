@@ -119,7 +119,7 @@ WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"rerank": [0.5]}, {}, r"the margin of rerank is \[0.5\]: expected a number"),
     ({"rerank_retrieve": 0.1}, {}, "margins has 'rerank_retrieve': expected one of rerank, refine, retrieve, rerank.r"),
     ({"policy": 0.1}, {}, "margins has 'policy': expected one of"),
-    ({"retrieve": math.inf}, {}, "the margin of retrieve is inf: expected 0, plain retrieval has no gate"),
+    ({"retrieve": math.inf}, {}, r"the margin of retrieve is shut \(null\): expected 0, plain retrieval has no gate"),
     ({"retrieve": 0.2}, {}, "the margin of retrieve is 0.2: expected 0"),
     ({}, {"push": "replan@2"}, "task 'push': arm 'replan@2': replan decides itself when to ask again"),
     ({}, {"push": "policy@0"}, "task 'push': arm 'policy@0': expected ARM or ARM@n"),

@@ -121,7 +121,8 @@ def _check(margins: Mapping[str, Any], tasks: Mapping[str, Any]) -> None:
         if not isinstance(margin, (int, float)) or isinstance(margin, bool) or not margin >= 0:
             raise ValueError(f"the margin of {mode} is {margin!r}: expected a number, 0 or more, or a shut gate (null)")
         if mode == "retrieve" and margin != 0:
-            raise ValueError(f"the margin of retrieve is {margin!r}: expected 0, plain retrieval has no gate")
+            shown = "shut (null)" if margin == math.inf else margin
+            raise ValueError(f"the margin of retrieve is {shown}: expected 0, plain retrieval has no gate")
     for task, arm in tasks.items():
         if not isinstance(task, str) or not isinstance(arm, str):
             raise ValueError(f"tasks has {task!r}: {arm!r}: expected an arm's name by instruction")
