@@ -120,6 +120,16 @@ def test_outcomes_that_are_missing_are_told(
         open_rollouts(flags, job.vla, job.statistics)
 
 
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 8), ("discount", 0.9), ("outcome", 0.1), ("failed", 3)])
+def test_settings_of_rollouts_without_a_dataset_are_refused_by_their_flag(name: str, value: float) -> None:
+    made = EnergyConfig(rollouts=RolloutsConfig(**{name: value}))  # type: ignore[arg-type]
+    with pytest.raises(FlagError, match=f"--energy.rollouts.{name} {value} does nothing without .*rollouts.dataset"):
+        FinetuneConfig(energy=made).check()
+    FinetuneConfig(energy=dataclasses.replace(made, rollouts=dataclasses.replace(made.rollouts, dataset=NAME))).check()
+    default = dataclasses.replace(made.rollouts, **{name: getattr(RolloutsConfig(), name)})
+    FinetuneConfig(energy=EnergyConfig(rollouts=default)).check()
+
+
 def test_datasets_that_do_not_fit_are_told(tiny_folder: Path, tmp_path: Path, data_root: Path) -> None:
     for name, text in (
         ("metaworld_nothing", f"dataset metaworld_nothing: .*{NAME}"),

@@ -315,6 +315,27 @@ def test_replanning_remembers_its_plan_between_decisions(policy: CheckpointPolic
         np.testing.assert_array_equal(new.actions.values[: H - 2], rest)
 
 
+def test_a_recommended_arm_keeps_its_own_interval(policy: CheckpointPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`replan` decides how long its chunk holds, `ARM@n` says it, a plain arm leaves it to the settings."""
+    arms = {"push": "replan", "pull": "retrieve@3", "reach": "retrieve"}
+    monkeypatch.setattr(policy._advisor, "tasks", arms)
+    raw = next(_stored("train").batches(3, repeat=False))
+    requests = [
+        dataclasses.replace(request, observation=dataclasses.replace(request.observation, instruction=task))
+        for request, task in zip(_requests(raw, 3), arms, strict=True)
+    ]
+    first = policy.act(requests, "recommended")
+    assert [decision.execute for decision in first] == [2, 3, None]
+    later = [
+        dataclasses.replace(request, previous=decision, executed=2)
+        for request, decision in zip(requests, first, strict=True)
+    ]
+    (alone,) = policy.act(later[:1], "replan")
+    again = policy.act(later, "recommended")
+    assert [decision.execute for decision in again] == [alone.execute, 3, None]
+    np.testing.assert_allclose(again[0].actions.values, alone.actions.values, atol=1e-5)
+
+
 def test_the_rest_of_the_chunk_under_way_is_a_candidate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = _copy(tmp_path / "policy")
     config = EnergyConfig(candidates=CandidatesConfig(num_candidates=0, layer_exits=False, overlap=True))

@@ -21,9 +21,9 @@ from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.gates import GATES, load_advisor, load_gates, save_gates
 from vla_energy.head import EnergyHead
 from vla_energy.memory import ChunkMemory, MemoryBatch
-from vla_energy.modes import BOTH, Advisor, Frame
+from vla_energy.modes import BOTH, MODES, Advisor, Frame
 from vla_energy.noise import noise_scale
-from vla_energy.rerank import MARGIN_KEY, CompatibilityError
+from vla_energy.rerank import MARGIN_KEY, CompatibilityError, Reranker
 
 S, D, H, A, FRAMES = 4, 12, 3, 3, 12
 
@@ -54,11 +54,20 @@ def _load(folder: Path, **changes: Any) -> Advisor:
 # The file of margins.
 
 
+MARGINS = st.dictionaries(
+    st.sampled_from(MODES), st.floats(0, allow_nan=False, allow_infinity=True) | st.integers(0, 9)
+).map(lambda margins: {**margins, "retrieve": 0.0})
+ARMS = st.sampled_from(["policy", *MODES]).flatmap(
+    lambda arm: st.integers(1, 99).map(lambda every: f"{arm}@{every}") | st.just(arm)
+) | st.just("replan")
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.dictionaries(st.text(max_size=8), st.floats(0, allow_nan=False, allow_infinity=True), max_size=5))
-def test_gates_come_back_as_they_were_saved(tmp_path_factory: pytest.TempPathFactory, gates: dict[str, float]) -> None:
+@given(MARGINS, st.dictionaries(st.text(max_size=8), ARMS, max_size=5))
+def test_gates_come_back_as_they_were_saved(
+    tmp_path_factory: pytest.TempPathFactory, gates: dict[str, float], tasks: dict[str, str]
+) -> None:
     folder = tmp_path_factory.mktemp("gates")
-    tasks = {name: "retrieve" for name in gates}
     path = save_gates(folder, gates, tasks)
     assert path == folder / GATES and load_gates(folder) == (gates, tasks)
     assert [entry.name for entry in folder.iterdir()] == [GATES]
@@ -68,12 +77,9 @@ def test_a_shut_gate_is_null_in_strict_json(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    path = save_gates(tmp_path, {"rerank": 0.25, BOTH: math.inf, "refine": math.nan})
-    assert json.loads(path.read_text(), parse_constant=refuse) == {
-        "margins": {"rerank": 0.25, BOTH: None, "refine": None},
-        "tasks": {},
-    }
-    assert load_gates(tmp_path) == ({"rerank": 0.25, BOTH: math.inf, "refine": math.inf}, {})
+    path = save_gates(tmp_path, {"rerank": 0.25, BOTH: math.inf})
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"margins": {"rerank": 0.25, BOTH: None}, "tasks": {}}
+    assert load_gates(tmp_path) == ({"rerank": 0.25, BOTH: math.inf}, {})
     save_gates(tmp_path, {"rerank": 0.5})
     assert load_gates(tmp_path) == ({"rerank": 0.5}, {}), "the old ones are replaced, not mixed in"
 
@@ -90,9 +96,9 @@ def test_no_file_is_no_gates(tmp_path: Path) -> None:
         b"[0.5]",
         b"3",
         b"{}",
-        b'{"margins": {"rerank": [0.5]}, "tasks": {}}',
-        b'{"margins": {"rerank": "much"}, "tasks": {}}',
+        b'{"margins": {}}',
         b'{"margins": {}, "tasks": 3}',
+        b'{"margins": [["rerank", 0.5]], "tasks": {}}',
         b"\xff\xfe\x00{",
     ],
 )
@@ -104,11 +110,57 @@ def test_a_damaged_file_is_named_with_what_writes_it(tmp_path: Path, content: by
         _load(tmp_path)
 
 
-@pytest.mark.parametrize("margin", ["-0.1", "NaN", "-Infinity"])
-def test_margins_below_zero_are_refused_by_name(tmp_path: Path, margin: str) -> None:
-    (tmp_path / GATES).write_text(f'{{"margins": {{"rerank": 0.5, "refine": {margin}}}, "tasks": {{}}}}')
-    with pytest.raises(CheckpointError, match=f"{GATES}: margins of refine are not 0 or more"):
+WRONG: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"rerank": 0.5, "refine": -0.1}, {}, "the margin of refine is -0.1: expected a number, 0 or more"),
+    ({"refine": math.nan}, {}, "the margin of refine is nan: expected a number"),
+    ({"refine": -math.inf}, {}, "the margin of refine is -inf: expected a number"),
+    ({"rerank": True}, {}, "the margin of rerank is True: expected a number"),
+    ({"rerank": "0.1"}, {}, "the margin of rerank is '0.1': expected a number"),
+    ({"rerank": [0.5]}, {}, r"the margin of rerank is \[0.5\]: expected a number"),
+    ({"rerank_retrieve": 0.1}, {}, "margins has 'rerank_retrieve': expected one of rerank, refine, retrieve, rerank.r"),
+    ({"policy": 0.1}, {}, "margins has 'policy': expected one of"),
+    ({"retrieve": math.inf}, {}, r"the margin of retrieve is shut \(null\): expected 0, plain retrieval has no gate"),
+    ({"retrieve": 0.2}, {}, "the margin of retrieve is 0.2: expected 0"),
+    ({}, {"push": "replan@2"}, "task 'push': arm 'replan@2': replan decides itself when to ask again"),
+    ({}, {"push": "policy@0"}, "task 'push': arm 'policy@0': expected ARM or ARM@n"),
+    ({}, {"push": "retrieve@04"}, "task 'push': arm 'retrieve@04': expected ARM or ARM@n"),
+    ({}, {"push": "off"}, "task 'push' has the arm 'off': expected policy, rerank, refine, .*replan"),
+    ({}, {"push": "recommended"}, "task 'push' has the arm 'recommended': expected"),
+    ({}, {"push": None}, "tasks has 'push': None: expected an arm's name by instruction"),
+    ({}, {"push": 3}, "tasks has 'push': 3: expected"),
+]
+
+
+@pytest.mark.parametrize(("margins", "tasks", "message"), WRONG)
+def test_what_no_preflight_writes_is_refused_by_name_read_or_written(
+    tmp_path: Path, margins: dict[str, Any], tasks: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        save_gates(tmp_path, margins, tasks)
+    assert not isinstance(error.value, CheckpointError) and not any(tmp_path.iterdir()), "nothing is written"
+    by_hand = {mode: None if margin == math.inf else margin for mode, margin in margins.items()}
+    (tmp_path / GATES).write_text(json.dumps({"margins": by_hand, "tasks": tasks}))
+    for load in (load_gates, _load):
+        with pytest.raises(CheckpointError, match=f"{GATES}: {message}.*vla-energy preflight writes it anew"):
+            load(tmp_path)
+
+
+def test_a_margin_may_be_an_integer_but_not_larger_than_a_float(tmp_path: Path) -> None:
+    (tmp_path / GATES).write_text('{"margins": {"rerank": 1}, "tasks": {}}')
+    (margin,) = load_gates(tmp_path)[0].values()
+    assert margin == 1 and type(margin) is float
+    (tmp_path / GATES).write_text(f'{{"margins": {{"rerank": {10**400}}}, "tasks": {{}}}}')
+    with pytest.raises(CheckpointError, match="too large"):
         load_gates(tmp_path)
+
+
+def test_no_recommended_arm_executes_more_than_a_chunk(tmp_path: Path) -> None:
+    _save_memory(tmp_path)
+    save_gates(tmp_path, {}, {"push": f"retrieve@{H}", "pull": f"policy@{H + 1}"})
+    with pytest.raises(CheckpointError, match=f"{GATES}: arms policy@{H + 1}, but a chunk has {H} steps"):
+        _load(tmp_path)
+    save_gates(tmp_path, {}, {"push": f"retrieve@{H}"})
+    assert _load(tmp_path).tasks == {"push": f"retrieve@{H}"}
 
 
 # A checkpoint's folder.
@@ -133,6 +185,35 @@ def test_margins_come_from_the_head_and_from_the_file_of_gates(tmp_path: Path) -
     shut = tmp_path / "shut"
     _save_head(shut, {MARGIN_KEY: None})
     assert _load(shut).gates["rerank"] == math.inf
+
+
+@pytest.mark.parametrize("written", [0.2, math.inf, None])
+@pytest.mark.parametrize("stored", [0.75, None, "nothing"])
+def test_the_margin_of_rerank_and_the_one_warning_where_there_is_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, written: float | None, stored: float | str | None
+) -> None:
+    """The file of gates, else what fine-tuning stored, else the config's with a warning: for each way to load it."""
+    _save_head(tmp_path, {} if stored == "nothing" else {MARGIN_KEY: stored})
+    if written is not None:
+        save_gates(tmp_path, {"rerank": written})
+    own = {"nothing": EnergyConfig().rerank.margin, None: math.inf, 0.75: 0.75}[stored]
+    expected = own if written is None else written
+    for margin in (
+        lambda: _load(tmp_path).gates["rerank"],
+        lambda: Reranker.from_checkpoint(tmp_path).margin,
+    ):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert margin() == expected
+        warned = [record for record in caplog.records if "never calibrated" in record.message]
+        assert len(warned) == len(caplog.records) == int(written is None and stored == "nothing")
+    assert Reranker.from_checkpoint(tmp_path, margin=0.1).margin == 0.1, "what the caller says wins"
+
+
+def test_gates_of_other_modes_do_not_calibrate_rerank(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _save_head(tmp_path)
+    save_gates(tmp_path, {"refine": 0.2})
+    assert _load(tmp_path).gates["rerank"] == EnergyConfig().rerank.margin and "never calibrated" in caplog.text
 
 
 def test_the_noise_is_the_statistics_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -461,9 +462,13 @@ def test_replanning_needs_no_gradient_and_no_dropout() -> None:
 
 def test_an_arm_may_say_how_often_it_decides() -> None:
     assert split_arm("policy") == ("policy", None) and split_arm("rerank+retrieve@12") == ("rerank+retrieve", 12)
-    for arm in ("policy@", "policy@0", "policy@-1", "policy@two", "policy@1.5", "policy@2@3", "policy@ 2"):
-        with pytest.raises(ValueError, match=f"arm '{arm}': expected ARM or ARM@n"):
+    wrong = ["policy@", "policy@0", "policy@-1", "policy@two", "policy@1.5", "policy@2@3", "policy@ 2", "policy@2\n"]
+    for arm in (*wrong, "policy@04", "policy@1\u0664", "policy@+4", "policy@1_0", "policy@\u0664", "@2", "@", ""):
+        with pytest.raises(ValueError, match=f"arm {re.escape(repr(arm))}: expected ARM or ARM@n, .* of 1 or more"):
             split_arm(arm)
+    for name in ("replan", "recommended"):
+        with pytest.raises(ValueError, match=f"arm '{name}@2': {name} decides itself when to ask again"):
+            split_arm(f"{name}@2")
 
 
 def test_arms_are_checked_by_their_names_alone() -> None:
@@ -472,9 +477,9 @@ def test_arms_are_checked_by_their_names_alone() -> None:
         check_arms(["policy", "magic@2"], {"policy", "own"})
     with pytest.raises(ValueError, match=r"cannot run arm\(s\) retrieve, only policy: .*vla-energy memory"):
         check_arms(["policy", "retrieve@2"], {"policy"})
-    for name in ("replan", "recommended"):
-        with pytest.raises(ValueError, match=f"{name}@n: {name} decides itself when to ask again"):
-            check_arms(["policy", f"{name}@2"], {"policy", name})
+    for arm, message in (("replan@2", "replan decides itself"), ("@2", "arm '@2': expected"), ("policy@02", "zeros")):
+        with pytest.raises(ValueError, match=message):
+            check_arms(["policy", arm], {"policy", "replan"})
     assert {"policy", *MODES, "recommended", "replan"} == set(ARMS)
 
 

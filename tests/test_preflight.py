@@ -175,6 +175,22 @@ def test_gates_count_episodes_not_frames() -> None:
     assert math.isinf(calibrate(many, many.modes["rerank"], ours, RerankConfig()))
 
 
+def test_the_gate_forgives_what_the_settings_tolerate_and_asks_for_the_risk_they_allow() -> None:
+    policy, gain = draws()
+    ours, _ = halves(torch.arange(EPISODES).repeat_interleave(EACH))
+    unit = float(policy[ours].mean())
+    seen = measured({"rerank": record(policy + 0.04 * unit, gain)}, policy)  # worse by 4 percent of the mean, each
+    margins = {
+        tolerance: calibrate(seen, seen.modes["rerank"], ours, RerankConfig(tolerance=tolerance))
+        for tolerance in (0.0, 0.03, 0.05)
+    }
+    assert margins[0.0] == margins[0.03] == math.inf and margins[0.05] < 0.2
+    safe = measured({"rerank": record(0.5 * policy, gain)}, policy)
+    # Too few rows to promise one in a hundred, even if none is worse.
+    assert calibrate(safe, safe.modes["rerank"], ours, RerankConfig(risk=0.01)) == math.inf
+    assert calibrate(safe, safe.modes["rerank"], ours, RerankConfig(risk=0.1)) < 0.2
+
+
 def test_late_errors_advise_to_ask_more_often() -> None:
     policy, gain = draws()
     reasons = judge(measured({"rerank": record(policy, gain)}, policy), RerankConfig())["verdict"]["reasons"]

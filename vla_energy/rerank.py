@@ -173,14 +173,19 @@ class Reranker:
     def from_checkpoint(cls, path: str | Path, margin: float | None = None) -> Reranker:
         """Reads the head, its config and its statistics from a file, or from a folder with exactly one.
 
-        The gate's margin is `margin`, else what calibration stored with the head (None is a shut gate), else, with a
-        warning, the config's.
+        The gate's margin is the first there is of: `margin`; the folder's `energy_gates.json`, which preflight writes;
+        what calibration while fine-tuning stored with the head (None is a shut gate); with a warning, the config's.
 
         Raises:
-            CheckpointError: there is none or more than one, or it cannot be used; the message names it.
+            CheckpointError: there is none or more than one, or it cannot be used, or the folder's gates cannot; the
+                message names it.
         """
+        from vla_energy.gates import load_gates  # which builds rerankers
+
         loaded = load_head(path)
         loaded.head.eval()
+        if margin is None:
+            margin = load_gates(path)[0].get("rerank")
         if margin is None and MARGIN_KEY in loaded.extra:
             stored = loaded.extra[MARGIN_KEY]
             margin = math.inf if stored is None else float(stored)

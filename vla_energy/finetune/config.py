@@ -4,10 +4,10 @@ No `from __future__ import annotations` here: draccus reads the field types at r
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from vla_energy.config import EnergyConfig
+from vla_energy.config import EnergyConfig, RolloutsConfig
 
 EMBEDDED = "embedded"
 """Value of `vla_path` and `data_root_dir` that means what ships with the package."""
@@ -138,6 +138,20 @@ class FinetuneConfig:
             raise FlagError("--energy.freeze_backbone True with --energy.enabled False leaves nothing to train")
         if self.resume_step is not None and not self.resume:
             raise FlagError("--resume_step needs --resume True")
+        self._check_rollouts()
+
+    def _check_rollouts(self) -> None:
+        """Here and not in `RolloutsConfig`: heads that were trained with such idle settings can still be loaded."""
+        rollouts, default = self.energy.rollouts, RolloutsConfig()
+        changed = [
+            entry.name for entry in fields(default) if getattr(rollouts, entry.name) != getattr(default, entry.name)
+        ]
+        if changed and not rollouts.dataset:
+            value = getattr(rollouts, changed[0])
+            raise FlagError(
+                f"--energy.rollouts.{changed[0]} {value} does nothing without --energy.rollouts.dataset: name the "
+                "dataset of recorded rollouts, or leave the flag out"
+            )
 
     @property
     def run_dir(self) -> Path:

@@ -99,11 +99,8 @@ class Policy(Protocol):
 
 
 def check_arms(arms: Sequence[str], available: AbstractSet[str]) -> None:
-    """Raises ValueError naming unknown arms and those this checkpoint cannot run."""
-    pairs = [split_arm(arm) for arm in arms]
-    if fixed := [name for name, every in pairs if name in ("replan", "recommended") and every is not None]:
-        raise ValueError(f"{fixed[0]}@n: {fixed[0]} decides itself when to ask again")
-    names = [name for name, _ in pairs]
+    """Raises ValueError naming unknown arms, those this checkpoint cannot run, and what `split_arm` refuses."""
+    names = [split_arm(arm)[0] for arm in arms]
     if unknown := [name for name in names if name not in available and name not in ARMS]:
         raise ValueError(f"unknown arm(s): {', '.join(unknown)}; known: {', '.join(sorted({*ARMS, *available}))}")
     if missing := [name for name in names if name not in available]:
