@@ -177,7 +177,7 @@ def test_gates_count_episodes_not_frames() -> None:
 
 def test_the_gate_forgives_what_the_settings_tolerate_and_asks_for_the_risk_they_allow() -> None:
     policy, gain = draws()
-    ours, _ = halves(torch.arange(EPISODES).repeat_interleave(EACH))
+    ours, _ = halves(measured({}, policy))
     unit = float(policy[ours].mean())
     seen = measured({"rerank": record(policy + 0.04 * unit, gain)}, policy)  # worse by 4 percent of the mean, each
     margins = {
@@ -186,7 +186,7 @@ def test_the_gate_forgives_what_the_settings_tolerate_and_asks_for_the_risk_they
     }
     assert margins[0.0] == margins[0.03] == math.inf and margins[0.05] < 0.2
     safe = measured({"rerank": record(0.5 * policy, gain)}, policy)
-    # Too few rows to promise one in a hundred, even if none is worse.
+    # Too few episodes to promise one in a hundred, even if none is worse.
     assert calibrate(safe, safe.modes["rerank"], ours, RerankConfig(risk=0.01)) == math.inf
     assert calibrate(safe, safe.modes["rerank"], ours, RerankConfig(risk=0.1)) < 0.2
 
