@@ -107,7 +107,9 @@ def main() -> None:
     parser.add_argument("--tasks", default="0,7", help="numbers in the suite, comma-separated")
     parser.add_argument("--episodes", type=int, default=2, help="initial states a task")
     parser.add_argument("--runs", default=",".join(RUNS), help="which, comma-separated; plain is always done")
-    parser.add_argument("--out", type=Path, help="every run's actions and successes, JSON")
+    parser.add_argument(
+        "--out", type=Path, help="every run's actions and successes, JSON; runs that it has are not repeated"
+    )
     args, flags = parser.parse_known_args()
     runs = [name for name in RUNS if name == "plain" or name in args.runs.split(",")]
     if unknown := sorted({*args.runs.split(",")} - {*RUNS}):
@@ -115,7 +117,17 @@ def main() -> None:
     if "retrieve" in runs and not any(args.checkpoint.glob(f"{PREFIX}*")):
         runs.remove("retrieve")
         print(f"retrieve: left out, {args.checkpoint} has no chunk memory")
-    results: dict[str, Any] = {}
+    settings = {
+        "checkpoint": str(args.checkpoint.resolve()),
+        "tasks": args.tasks,
+        "episodes": args.episodes,
+        "flags": flags,
+    }
+    results: dict[str, Any] = {"settings": settings}
+    if args.out is not None and args.out.is_file():
+        results = json.loads(args.out.read_text())
+        if results["settings"] != settings:
+            parser.error(f"--out {args.out} has runs with other settings: {results['settings']}")
     fine = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -127,7 +139,8 @@ def main() -> None:
             instructions = results["plain"]["instructions"] if name != "plain" else []
             checkpoint, ours = prepare(args, work, name, instructions)
             checkout = work / ("plain" if name == "plain" else "patched")
-            results[name] = episodes(args, checkout, checkpoint, [*flags, *ours])
+            if name not in results:
+                results[name] = episodes(args, checkout, checkpoint, [*flags, *ours])
             line, right = compare(name, results["plain"], results[name], args.episodes)
             print(line, flush=True)
             fine &= right
