@@ -4,8 +4,8 @@
     python host_cpu.py evaluate CHECKPOINT UNNORM_KEY IMAGES    its get_action with and without reranking, as JSON
 
 IMAGES 2 means the wrist camera and proprioception too. `host_episodes.py` runs its LIBERO evaluation.
-Stand-ins: a process state whose device is the CPU, DDP without device ids, and the small vision towers for timm that
-tiny checkpoints name. Nothing of the host is changed.
+Stand-ins: a process state and mixed precision whose device is the CPU, DDP without device ids, and the small vision
+towers for timm that tiny checkpoints name. Nothing of the host is changed.
 """
 
 from __future__ import annotations
@@ -46,6 +46,13 @@ def prepare() -> None:
         def __init__(self, module: torch.nn.Module, device_ids: Any = None, **options: Any) -> None:
             super().__init__(module, **options)
 
+    class CpuAutocast(torch.autocast):
+        """Mixed precision on the CPU, where the host asks for a GPU's: its proprio projector is fp32, not bf16."""
+
+        def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
+            super().__init__("cpu", *args, **options)
+
+    torch.autocast = CpuAutocast  # type: ignore[misc]
     accelerate.PartialState = CpuState  # type: ignore[misc,assignment]
     torch.nn.parallel.DistributedDataParallel = CpuDDP  # type: ignore[misc]
     torch.cuda.set_device = lambda *args: None
@@ -98,7 +105,14 @@ def evaluate(checkpoint: str, unnorm_key: str, images: str) -> dict[str, Any]:
         return [np.asarray(action, np.float64).tolist() for action in actions]
 
     answers: dict[str, Any] = {"off_is_the_head": rerank_action_head(head, cfg, vla) is head, "plain": act(head)}
-    _randomize(checkpoint)
+    cfg.energy = HostRerankConfig(enabled=True)
+    for seed in range(20):  # until a head prefers another chunk here
+        _randomize(checkpoint, seed)
+        save_gates(checkpoint, {"rerank": 0.0})
+        chosen = rerank_action_head(head, cfg, vla)
+        act(chosen)
+        if chosen.counts["accepted"]:
+            break
     for name, margin in (("shut", float("inf")), ("open", 0.0)):
         save_gates(checkpoint, {"rerank": margin, "refine": margin})
         for mode in ("rerank", "refine"):
@@ -111,16 +125,20 @@ def evaluate(checkpoint: str, unnorm_key: str, images: str) -> dict[str, Any]:
             answers[f"{mode} {name}"] = act(chosen)
             answers[f"{mode} {name} normalised"] = normalised[0][0].double().tolist()
             answers[f"{mode} {name} accepted"] = chosen.counts["accepted"]
+    for name, instruction in (("this", seen["task_description"]), ("another", "do something else")):
+        save_gates(checkpoint, {"rerank": 0.0}, {instruction: "rerank"})
+        cfg.energy = HostRerankConfig(enabled=True, mode="recommended")
+        answers[f"recommended for {name}"] = act(rerank_action_head(head, cfg, vla))
     answers["scored"] = _energies(checkpoint, vla, lambda: act(head))
     return answers
 
 
-def _randomize(checkpoint: str) -> None:
+def _randomize(checkpoint: str, seed: int) -> None:
     """Random weights in the head's file: after three steps no candidate is below the policy's chunk yet."""
     from vla_energy.checkpoint import find_one, load_head, save_head
 
     loaded = load_head(checkpoint)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in loaded.head.parameters():
             parameter.normal_(0, 0.3)

@@ -6,7 +6,7 @@
         --dlimp dlimp_openvla --checkpoint TINY_CHECKPOINT --data_root_dir DATA
 
 HOST_PYTHON is the interpreter of an environment with the host's pins. The checkout is copied, the copy patched. Runs
-the host's fine-tuning four times (as it is twice, patched with the energy off, and on) and compares every file that it
+the host's fine-tuning (as it is, twice; patched with the energy off, and on) and compares every file that it
 writes; then the host's evaluation call with the gate shut and open. All of it with one image, then with the wrist
 camera's and proprioception too. Exits with 1 where something differs that must not, or a metric is not finite.
 """
@@ -106,6 +106,10 @@ def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path, image
         facts[f"{mode}, gate open: accepted, largest change (robot units)"] = (accepted, moved)
         facts[f"{mode}, gate open: against our unnormalised chunk"] = error
         right &= equal and accepted == 1 and moved > 0 and error < 1e-5
+    for instruction, wanted in (("this", answers["rerank open"]), ("another", answers["plain"])):
+        equal = answers[f"recommended for {instruction}"] == wanted
+        facts[f"rerank recommended for {instruction} instruction: as it must be"] = equal
+        right &= equal
     difference = _rescored(checkpoint, answers["scored"])
     facts["the same head and context, host's torch against ours"] = difference
     return facts, right and difference < 1e-5
@@ -125,9 +129,9 @@ def check(args: argparse.Namespace, work: Path, images: str) -> bool:
     folder = work / images
     folder.mkdir()
     reference, made = finetune(args, plain, folder / "reference", *inputs), None
-    fine = True
+    fine, again = True, [("as it is, again", None)] if images == "1" else []  # that runs repeat at all: shown once
     for name, flags in (
-        ("as it is, again", None),
+        *again,
         ("patched, energy off", ["--energy.enabled", "False"]),
         ("patched, energy on", ["--energy.enabled", "True"]),
     ):

@@ -31,11 +31,13 @@ def test_what_must_be_equal() -> None:
     assert not compare("shut", plain, _run([0.2, 0.2], shut), 1)[1]
 
 
-def test_what_must_be_replaced() -> None:
+def test_what_differs_must_have_been_replaced() -> None:
     plain, taken = _run([0.1, 0.2]), {"chunks": 2, "accepted": 1}
     line, right = compare("open", plain, _run([0.5, 0.2], taken), 1)
     assert right and "bit for bit: 1" in line and "chunks 2, replaced 1" in line
-    assert not compare("open", plain, _run([0.1, 0.2], {"chunks": 2, "accepted": 0}), 1)[1]
+    nothing = {"chunks": 2, "accepted": 0}
+    assert compare("open", plain, _run([0.1, 0.2], nothing), 1)[1], "no candidate was better"
+    assert not compare("open", plain, _run([0.5, 0.2], nothing), 1)[1]
     assert compare("recommended", plain, _run([0.5, 0.2], taken), 1)[1]
     assert not compare("recommended", plain, _run([0.1, 0.5], taken), 1)[1], "another instruction's episodes stay"
 
