@@ -1,10 +1,11 @@
 """openvla-oft's own scripts on a CPU, for `benchmarks/host_plugin.py`; run by the host's Python, from its checkout.
 
-    python host_cpu.py finetune --vla_path DIR ...        its finetune.py as it is, with a CPU in a GPU's place
-    python host_cpu.py evaluate CHECKPOINT UNNORM_KEY     its get_action with and without reranking; JSON on stdout
+    python host_cpu.py finetune --vla_path DIR ...              its finetune.py as it is, with a CPU in a GPU's place
+    python host_cpu.py evaluate CHECKPOINT UNNORM_KEY IMAGES    its get_action with and without reranking, as JSON
 
-Stand-ins: a process state whose device is the CPU, DDP without device ids, and two small vision towers for timm that
-the tiny checkpoint names. Nothing of the host is changed.
+IMAGES 2 means the wrist camera and proprioception too. `host_episodes.py` runs its LIBERO evaluation.
+Stand-ins: a process state and mixed precision whose device is the CPU, DDP without device ids, and the small vision
+towers for timm that tiny checkpoints name. Nothing of the host is changed.
 """
 
 from __future__ import annotations
@@ -31,12 +32,8 @@ def prepare() -> None:
     import accelerate
     import torch.nn.parallel
 
-    towers = importlib.util.spec_from_file_location("towers", Path(__file__).parents[1] / "tests" / "golden_towers.py")
-    assert towers is not None and towers.loader is not None
-    module = importlib.util.module_from_spec(towers)
-    sys.modules["towers"] = module  # timm looks a tower's module up
-    towers.loader.exec_module(module)
-    module.register()
+    for towers in ("tests/golden_towers.py", "vla_energy/backbones/timm_models.py"):
+        _register(Path(__file__).parents[1] / towers)
 
     class CpuState:
         """The part of accelerate's PartialState that the host reads."""
@@ -49,6 +46,13 @@ def prepare() -> None:
         def __init__(self, module: torch.nn.Module, device_ids: Any = None, **options: Any) -> None:
             super().__init__(module, **options)
 
+    class CpuAutocast(torch.autocast):
+        """Mixed precision on the CPU, where the host asks for a GPU's: its proprio projector is fp32, not bf16."""
+
+        def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
+            super().__init__("cpu", *args, **options)
+
+    torch.autocast = CpuAutocast  # type: ignore[misc]
     accelerate.PartialState = CpuState  # type: ignore[misc,assignment]
     torch.nn.parallel.DistributedDataParallel = CpuDDP  # type: ignore[misc]
     torch.cuda.set_device = lambda *args: None
@@ -64,9 +68,23 @@ def prepare() -> None:
     torch.manual_seed(0)
 
 
-def evaluate(checkpoint: str, unnorm_key: str) -> dict[str, Any]:
+def _register(path: Path) -> None:
+    """A module's `register()`, by its file: the package around it may need more than the host has."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # timm looks a tower's module up
+    spec.loader.exec_module(module)
+    module.register()
+
+
+def evaluate(checkpoint: str, unnorm_key: str, images: str) -> dict[str, Any]:
     """What the host's `get_action` answers: without the energy, with its gate shut, and with it open."""
-    from experiments.robot.openvla_utils import get_action_head, get_processor  # pyright: ignore[reportMissingImports]
+    from experiments.robot.openvla_utils import (  # pyright: ignore[reportMissingImports]
+        get_action_head,
+        get_processor,
+        get_proprio_projector,
+    )
     from experiments.robot.robot_utils import get_action, get_model  # pyright: ignore[reportMissingImports]
 
     from vla_energy.gates import save_gates
@@ -74,19 +92,27 @@ def evaluate(checkpoint: str, unnorm_key: str) -> dict[str, Any]:
 
     cfg = SimpleNamespace(
         model_family="openvla", pretrained_checkpoint=checkpoint, unnorm_key=unnorm_key, use_l1_regression=True,
-        use_diffusion=False, use_film=False, num_images_in_input=1, use_proprio=False, center_crop=True,
-        load_in_8bit=False, load_in_4bit=False, lora_rank=4, energy=HostRerankConfig(),
+        use_diffusion=False, use_film=False, num_images_in_input=int(images), use_proprio=images == "2",
+        center_crop=True, load_in_8bit=False, load_in_4bit=False, lora_rank=4, energy=HostRerankConfig(),
     )  # fmt: skip
     vla, processor = get_model(cfg), get_processor(cfg)
     head = get_action_head(cfg, vla.llm_dim)
+    projector = get_proprio_projector(cfg, vla.llm_dim, proprio_dim=8) if cfg.use_proprio else None
     seen = pickle.loads(Path("experiments/robot/libero/sample_libero_spatial_observation.pkl").read_bytes())
 
     def act(action_head: Any) -> list[list[float]]:
-        actions = get_action(cfg, vla, dict(seen), seen["task_description"], processor, action_head)
+        actions = get_action(cfg, vla, dict(seen), seen["task_description"], processor, action_head, projector)
         return [np.asarray(action, np.float64).tolist() for action in actions]
 
     answers: dict[str, Any] = {"off_is_the_head": rerank_action_head(head, cfg, vla) is head, "plain": act(head)}
-    _randomize(checkpoint)
+    cfg.energy = HostRerankConfig(enabled=True)
+    for seed in range(20):  # until a head prefers another chunk here
+        _randomize(checkpoint, seed)
+        save_gates(checkpoint, {"rerank": 0.0})
+        chosen = rerank_action_head(head, cfg, vla)
+        act(chosen)
+        if chosen.counts["accepted"]:
+            break
     for name, margin in (("shut", float("inf")), ("open", 0.0)):
         save_gates(checkpoint, {"rerank": margin, "refine": margin})
         for mode in ("rerank", "refine"):
@@ -99,16 +125,20 @@ def evaluate(checkpoint: str, unnorm_key: str) -> dict[str, Any]:
             answers[f"{mode} {name}"] = act(chosen)
             answers[f"{mode} {name} normalised"] = normalised[0][0].double().tolist()
             answers[f"{mode} {name} accepted"] = chosen.counts["accepted"]
+    for name, instruction in (("this", seen["task_description"]), ("another", "do something else")):
+        save_gates(checkpoint, {"rerank": 0.0}, {instruction: "rerank"})
+        cfg.energy = HostRerankConfig(enabled=True, mode="recommended")
+        answers[f"recommended for {name}"] = act(rerank_action_head(head, cfg, vla))
     answers["scored"] = _energies(checkpoint, vla, lambda: act(head))
     return answers
 
 
-def _randomize(checkpoint: str) -> None:
+def _randomize(checkpoint: str, seed: int) -> None:
     """Random weights in the head's file: after three steps no candidate is below the policy's chunk yet."""
     from vla_energy.checkpoint import find_one, load_head, save_head
 
     loaded = load_head(checkpoint)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in loaded.head.parameters():
             parameter.normal_(0, 0.3)
@@ -139,6 +169,9 @@ def _energies(checkpoint: str, vla: Any, act: Any) -> dict[str, Any]:
 
 def main() -> None:
     """See the module's text."""
+    if sys.argv[1:] == ["--quick"]:
+        print("left out: run by host_plugin.py")
+        return
     what, *rest = sys.argv[1:]
     prepare()
     sys.path.insert(0, os.getcwd())

@@ -6,14 +6,16 @@
         --dlimp dlimp_openvla --checkpoint TINY_CHECKPOINT --data_root_dir DATA
 
 HOST_PYTHON is the interpreter of an environment with the host's pins. The checkout is copied, the copy patched. Runs
-the host's fine-tuning four times (as it is twice, patched with the energy off, and on) and compares every file that it
-writes; then the host's evaluation call with the gate shut and open. Exits with 1 where something differs that must not.
+the host's fine-tuning (as it is, twice; patched with the energy off, and on) and compares every file that it
+writes; then the host's evaluation call with the gate shut and open. All of it with one image, then with the wrist
+camera's and proprioception too. Exits with 1 where something differs that must not, or a metric is not finite.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -30,6 +32,8 @@ from vla_energy.checkpoint import load_head
 
 ROOT = Path(__file__).parents[1]
 DATASET = "libero_spatial_no_noops"
+INPUTS = {"1": [], "2": ["--num_images_in_input", "2", "--use_proprio", "True"]}
+"""The host's flags by the number of images; its default is one, without proprioception."""
 
 
 def run(args: argparse.Namespace, checkout: Path, *arguments: str) -> str:
@@ -78,11 +82,16 @@ def _content(path: Path) -> Any:
     return path.read_bytes()
 
 
-def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path) -> tuple[dict[str, Any], bool]:
+def metrics(target: Path) -> tuple[int, bool]:
+    """How many steps the head logged in the last run beside `target`, and whether every number is finite."""
+    lines = (target.parent / "runs" / "run" / "energy_metrics.jsonl").read_text().splitlines()
+    return len(lines), all(math.isfinite(value) for line in lines for value in json.loads(line).values())
+
+
+def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path, images: str) -> tuple[dict[str, Any], bool]:
     """What the host's `get_action` answers, and whether that is as it must be."""
-    line = next(
-        line for line in run(args, checkout, "evaluate", str(checkpoint), DATASET).splitlines() if "ANSWERS " in line
-    )
+    output = run(args, checkout, "evaluate", str(checkpoint), DATASET, images)
+    line = next(line for line in output.splitlines() if "ANSWERS " in line)
     answers = json.loads(line.split("ANSWERS ", 1)[1])
     plain = np.array(answers["plain"])
     statistics = load_statistics(checkpoint / "dataset_statistics.json")[DATASET]
@@ -97,6 +106,10 @@ def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path) -> tu
         facts[f"{mode}, gate open: accepted, largest change (robot units)"] = (accepted, moved)
         facts[f"{mode}, gate open: against our unnormalised chunk"] = error
         right &= equal and accepted == 1 and moved > 0 and error < 1e-5
+    for instruction, wanted in (("this", answers["rerank open"]), ("another", answers["plain"])):
+        equal = answers[f"recommended for {instruction}"] == wanted
+        facts[f"rerank recommended for {instruction} instruction: as it must be"] = equal
+        right &= equal
     difference = _rescored(checkpoint, answers["scored"])
     facts["the same head and context, host's torch against ours"] = difference
     return facts, right and difference < 1e-5
@@ -110,37 +123,53 @@ def _rescored(checkpoint: Path, scored: dict[str, Any]) -> float:
         return float((head(head.encode(context, mask, chunks[:, 0]), chunks) - energies).abs().max())
 
 
+def check(args: argparse.Namespace, work: Path, images: str) -> bool:
+    """Fine-tuning and evaluation with this many images; whether all is as it must be."""
+    plain, patched, inputs = work / "plain", work / "patched", INPUTS[images]
+    folder = work / images
+    folder.mkdir()
+    reference, made = finetune(args, plain, folder / "reference", *inputs), None
+    fine, again = True, [("as it is, again", None)] if images == "1" else []  # that runs repeat at all: shown once
+    for name, flags in (
+        *again,
+        ("patched, energy off", ["--energy.enabled", "False"]),
+        ("patched, energy on", ["--energy.enabled", "True"]),
+    ):
+        target = folder / name.replace(" ", "-").replace(",", "")
+        made = finetune(args, plain if flags is None else patched, target, *inputs, *(flags or []))
+        same, differing, new = compare(reference, made)
+        print(f"{name}: {len(same)} files equal, differing: {differing or 'none'}, new: {new or 'none'}", flush=True)
+        fine &= not differing and bool(new) == ("energy on" in name)
+    assert made is not None
+    logged, finite = metrics(made)
+    print(f"steps that the head logged: {logged}, every metric finite: {finite}")
+    facts, right = evaluation(args, patched, made, images)
+    for key, value in facts.items():
+        print(f"{key}: {value}", flush=True)
+    return fine and finite and logged == 3 and right
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if "--quick" in sys.argv:  # as the other benchmarks
+        print("left out: needs a checkout of openvla-oft, see --help")
+        return
     for name in ("python", "host", "transformers", "dlimp", "checkpoint"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--data_root_dir", type=Path, default=ROOT / "tests" / "libero")
+    parser.add_argument("--images", default="1,2", help="1: one image; 2: the wrist camera and proprioception too")
     args = parser.parse_args()
+    fine = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        plain, patched = work / "plain", work / "patched"
-        for checkout in (plain, patched):
+        for checkout in (work / "plain", work / "patched"):
             shutil.copytree(args.host, checkout)
-        command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(patched)]
+        command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(work / "patched")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        reference = finetune(args, plain, work / "reference")
-        fine = True
-        for name, flags in (
-            ("as it is, again", None),
-            ("patched, energy off", ["--energy.enabled", "False"]),
-            ("patched, energy on", ["--energy.enabled", "True"]),
-        ):
-            target = work / name.replace(" ", "-").replace(",", "")
-            made = finetune(args, plain if flags is None else patched, target, *(flags or []))
-            same, differing, new = compare(reference, made)
-            print(
-                f"{name}: {len(same)} files equal, differing: {differing or 'none'}, new: {new or 'none'}", flush=True
-            )
-            fine &= not differing and bool(new) == ("energy on" in name)
-        facts, right = evaluation(args, patched, made)
-        for key, value in facts.items():
-            print(f"{key}: {value}")
-        sys.exit(0 if fine and right else 1)
+        for images in args.images.split(","):
+            print(f"== {'one image' if images == '1' else 'two images, proprio'}", flush=True)
+            fine &= check(args, work, images)
+    sys.exit(0 if fine else 1)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ NOT_CORE = {
     "test_finetune_rollouts.py": "the native backbone, RLDS",
     "test_frames.py": "the native backbone, RLDS",
     "test_goldens.py": "the native backbone against openvla-oft's stored outputs",
+    "test_host_export.py": "the native backbone",
+    "test_host_libero_benchmark.py": "the native backbone",
     "test_libero_data.py": "RLDS, the simulator: the `libero` extra",
     "test_libero_env.py": "the simulator",
     "test_libero_shard.py": "the native backbone, RLDS",

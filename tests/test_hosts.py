@@ -68,6 +68,9 @@ class Vla(nn.Module):
         self.config = SimpleNamespace(text_config=SimpleNamespace(hidden_size=D, num_hidden_layers=LAYERS))
         self.norm_stats = statistics
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed
+
     def forward(self, ids: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         embeddings = self.embed(ids).masked_fill(action[..., None], 0.0)
         patches = self.patches.expand(len(ids), -1, -1)

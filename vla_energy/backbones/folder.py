@@ -95,7 +95,7 @@ def load_openvla(
         num_images=num_images,
         horizon=horizon,
     )
-    _load(vla.backbone, _to_timm(_read_weights(folder)), str(folder))
+    _load(vla.backbone, _to_timm(read_weights(folder)), str(folder))
     if head:
         _load(vla.action_head, head, f"{folder}: action_head")
     if projector:
@@ -186,7 +186,12 @@ def _head_action_dim(head: dict[str, Tensor], config: OpenVLAConfig, folder: Pat
     return action_dim
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors, single or sharded, as they are named there.
+
+    Raises:
+        CheckpointFolderError: a file is missing or damaged; the message names it.
+    """
     names = [_SINGLE]
     if (folder / _INDEX).is_file():
         weight_map = read_json(folder / _INDEX).get("weight_map")

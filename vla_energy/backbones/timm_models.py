@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 from timm.layers import get_act_layer  # type: ignore[attr-defined]
+from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -44,3 +45,19 @@ def create(name: str, image_size: tuple[int, int], act_layer: str | None = None)
     if not timm.is_model(name):
         raise ValueError(f"timm {timm.__version__} has no model {name!r}; register it with timm before loading")
     return timm.create_model(name, pretrained=False, num_classes=0, img_size=image_size, **act)
+
+
+def register() -> None:
+    """Makes our towers known to timm, for code that asks timm for them by name, as openvla-oft's does."""
+    for name in OWN_MODELS:
+        if timm.is_model(name):
+            continue
+
+        def build(
+            pretrained: bool = False, name: str = name, pretrained_cfg: Any = None, pretrained_cfg_overlay: Any = None,
+            cache_dir: Any = None, **arguments: Any,
+        ) -> nn.Module:  # fmt: skip
+            return VisionTransformer(**OWN_MODELS[name], **arguments)
+
+        build.__name__ = name
+        register_model(build)

@@ -46,7 +46,8 @@ class HostRerankConfig:
 
     Attributes:
         enabled: off, the host's action head is used as it is.
-        mode: `rerank`, `refine`, `retrieve` or `rerank+retrieve`, what the checkpoint's head and memory allow.
+        mode: `rerank`, `refine`, `retrieve` or `rerank+retrieve`, what the checkpoint's head and memory allow; or
+            `recommended`, for each instruction what preflight recommends.
         seed: of the candidates' noise.
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,14 @@ from vla_energy.hosts.hidden_states import (
     predicted_positions,
     visible_context,
 )
+from vla_energy.hosts.prompts import Instructions
 from vla_energy.hosts.training import host_statistics
-from vla_energy.modes import Frame
+from vla_energy.modes import Frame, split_arm
 
 logger = logging.getLogger(__name__)
+
+RECOMMENDED = "recommended"
+"""Mode: for each instruction what preflight recommends, else the policy's chunk."""
 
 
 def rerank_action_head(action_head: Any, host: Any, vla: Any) -> Any:
@@ -40,7 +44,7 @@ def rerank_action_head(action_head: Any, host: Any, vla: Any) -> Any:
     Raises:
         HostError: no L1 head, or no statistics of `unnorm_key`.
         CheckpointError, CompatibilityError: head, memory or gates are missing, damaged or of another policy.
-        ValueError: a mode that the checkpoint cannot run.
+        ValueError: a mode that the checkpoint cannot run, or a recommended one that the host cannot.
     """
     if not host.energy.enabled:
         return action_head
@@ -68,7 +72,12 @@ class RerankedActionHead:
         device = next(action_head.parameters()).device
         folder = Path(host.pretrained_checkpoint)
         self._advisor = load_advisor(folder, self._statistics, self._horizon, self._action_dim, hidden_size, device)
-        if self._mode not in self._advisor.modes:
+        self._tasks: dict[str, str] = {}
+        self._instructions: Instructions | None = None
+        if self._mode == RECOMMENDED:
+            self._tasks = recommended_modes(self._advisor.tasks, self._advisor.modes, self._horizon)
+            self._instructions = Instructions(vla, folder)
+        elif self._mode not in self._advisor.modes:
             raise ValueError(
                 f"--energy.mode {self._mode}: {folder} allows {', '.join(self._advisor.modes) or 'none'} "
                 "(an energy head from fine-tuning, a memory from vla-energy memory)"
@@ -76,7 +85,8 @@ class RerankedActionHead:
         self._generator = torch.Generator().manual_seed(host.energy.seed)
         self._hidden = HiddenStates(vla)
         self.counts: Counter[str] = Counter()
-        logger.info("%s with margin %s", self._mode, self._advisor.gates[self._mode])
+        used = dict.fromkeys(self._tasks.values()) if self._instructions else [self._mode]
+        logger.info("%s, margins %s", self._mode, {mode: self._advisor.gates[mode] for mode in used})
 
     def __getattr__(self, name: str) -> Any:
         if name == "_head":  # not yet set: copying and unpickling ask before __init__
@@ -92,6 +102,10 @@ class RerankedActionHead:
         """
         chunk = self._head.predict_action(states)
         layers = self._hidden.take()
+        mode = self._mode_now()
+        if mode is None:
+            self.counts.update(chunks=len(chunk), accepted=0)
+            return chunk
         length = layers[-1].shape[1]
         positions = predicted_positions(len(states), length, self._horizon * self._action_dim).to(states.device)
         exits = layer_actions(layers, positions, self._head, self._horizon)
@@ -99,7 +113,42 @@ class RerankedActionHead:
         frame = Frame(
             layers[-1], visible_context(positions, length), policy, torch.cat([exits[:, :-1], policy[:, None]], 1)
         )
-        proposal, accepted = self._advisor.decide(self._mode, frame, [self._generator] * len(policy))
+        proposal, accepted = self._advisor.decide(mode, frame, [self._generator] * len(policy))
         self.counts.update(chunks=len(policy), accepted=int(accepted.sum()))
         chosen = proposal.actions.reshape(chunk.shape).to(chunk)
         return torch.where(accepted.to(chunk.device)[:, None, None], chosen, chunk)
+
+    def _mode_now(self) -> str | None:
+        """The mode for the observation at hand, None for the policy's own chunk."""
+        if self._instructions is None:
+            return self._mode
+        modes = {self._tasks.get(instruction) for instruction in self._instructions.take()}
+        if len(modes) > 1:
+            raise HostError("--energy.mode recommended takes one observation at a time, as the host's evaluation does")
+        return modes.pop()
+
+
+def recommended_modes(tasks: Mapping[str, str], modes: Sequence[str], horizon: int) -> dict[str, str]:
+    """Mode by instruction in lower case, as the host's prompt has it; left out where the policy's chunk is best.
+
+    Args:
+        tasks: arm by instruction, see `modes.Advisor`.
+        modes: those that the checkpoint allows.
+        horizon: H; the host executes whole chunks.
+
+    Raises:
+        ValueError: nothing is recommended, or an arm that asks for a new chunk earlier than the host does.
+    """
+    if not tasks:
+        raise ValueError("--energy.mode recommended: energy_gates.json recommends nothing; vla-energy preflight does")
+    found: dict[str, str] = {}
+    for instruction, arm in tasks.items():
+        name, every = split_arm(arm)
+        if (name != "policy" and name not in modes) or every not in (None, horizon):
+            raise ValueError(
+                f"--energy.mode recommended: {arm} for {instruction!r} decides when to ask for a new chunk, and the "
+                f"host executes all {horizon} steps of one; use vla-energy rollout, or --energy.mode {', '.join(modes)}"
+            )
+        if found.setdefault(instruction.lower(), name) != name:
+            raise ValueError(f"--energy.mode recommended: two arms for {instruction.lower()!r}, in other upper case")
+    return {instruction: name for instruction, name in found.items() if name != "policy"}
