@@ -28,6 +28,7 @@ NOT_CORE = {
     "test_demo.py": "the native backbone, RLDS",
     "test_doctor.py": "the native backbone beside the host's",
     "test_doctor_host.py": "openvla-oft itself, which is no part of the repository",
+    "test_film.py": "the native backbone, RLDS",
     "test_finetune.py": "the native backbone, RLDS",
     "test_finetune_rollouts.py": "the native backbone, RLDS",
     "test_frames.py": "the native backbone, RLDS",

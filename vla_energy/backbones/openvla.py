@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_energy.backbones.action_head import L1ActionHead, ProprioProjector
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.film import average_language
 from vla_energy.backbones.vision import Projector, VisionBackbone
 
 LayerExits = Literal["raw", "normed", "off"]
@@ -51,10 +52,10 @@ class VLAOutput:
 class OpenVLABackbone(nn.Module):
     """Vision towers, projector and language model under the host's parameter names; LoRA wraps this."""
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, config: OpenVLAConfig, use_film: bool = False) -> None:
         super().__init__()
-        self.vision_backbone = VisionBackbone(config)
         llama = LlamaConfig(**config.text, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
+        self.vision_backbone = VisionBackbone(config, llama.hidden_size if use_film else None)
         self.projector = Projector(
             self.vision_backbone.embed_dim, llama.hidden_size, fused=self.vision_backbone.fused_featurizer is not None
         )
@@ -71,10 +72,13 @@ class OpenVLABackbone(nn.Module):
             action_mask: `(B, T)` bool, True at action placeholders, whose embeddings are zeroed.
             extra: `(B, 1, D)` proprio token or None.
         """
-        features = self.projector(self.vision_backbone(pixel_values))
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        vision: tuple[Tensor, ...] = (pixel_values,)
+        if self.vision_backbone.film is not None:
+            vision += (average_language(embeddings, attention_mask.bool() & ~action_mask),)
+        features = self.projector(self.vision_backbone(*vision))
         if extra is not None:
             features = torch.cat([features, extra.to(features.dtype)], dim=1)
-        embeddings = self.language_model.get_input_embeddings()(input_ids)
         embeddings = embeddings.masked_fill(action_mask[..., None], 0.0)
         sequence = torch.cat([embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
         visible = attention_mask.bool()
@@ -114,6 +118,7 @@ class OpenVLA(nn.Module):
         proprio_dim: P, or None for a policy without proprioception.
         num_images: images an observation has.
         horizon: H, default the config's.
+        use_film: the instruction modulates the vision blocks (FiLM).
     """
 
     def __init__(
@@ -124,18 +129,24 @@ class OpenVLA(nn.Module):
         proprio_dim: int | None = None,
         num_images: int = 1,
         horizon: int | None = None,
+        use_film: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.num_images = num_images
         self.horizon = horizon or config.horizon
         self.action_dim = action_dim
-        self.backbone: Any = OpenVLABackbone(config)  # OpenVLABackbone, or peft's wrapper around it
+        self.backbone: Any = OpenVLABackbone(config, use_film)  # OpenVLABackbone, or peft's wrapper around it
         width = self.backbone.language_model.config.hidden_size
         self.context_dim = int(width)
         self.num_layers = int(self.backbone.language_model.config.num_hidden_layers)
         self.action_head = L1ActionHead(width, head_hidden_dim or width, action_dim)
         self.proprio_projector = None if proprio_dim is None else ProprioProjector(proprio_dim, width)
+
+    @property
+    def use_film(self) -> bool:
+        """Whether the instruction modulates the vision blocks."""
+        return self.backbone.vision_backbone.film is not None
 
     @property
     def channels(self) -> int:

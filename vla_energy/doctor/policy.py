@@ -60,6 +60,8 @@ def load(subject: Subject) -> Iterator[Finding]:
     if not any("action_head" in path.name for path in folder.iterdir()):
         raise NotCheckedError("a base model: there is no action head to run, see 'components'")
     kind = _kind(subject)
+    if kind == "host" and any(folder.glob("vision_backbone--*_checkpoint.pt")):
+        raise NotCheckedError("a policy with FiLM, which is examined by our model alone", "leave --host out")
     try:
         if kind == "host":
             from vla_energy.doctor.host_model import HostPolicy as Chosen

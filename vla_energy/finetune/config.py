@@ -29,7 +29,8 @@ class FinetuneConfig:
         run_root_dir: runs are written below it.
         shuffle_buffer_size: frames.
         use_l1_regression: continuous actions by L1, the only action head so far.
-        use_diffusion, num_diffusion_steps_train, use_film, diffusion_sample_freq: not built yet, refused when set.
+        use_diffusion, num_diffusion_steps_train, diffusion_sample_freq: not built yet, refused when set.
+        use_film: the instruction modulates the vision blocks (FiLM); a checkpoint trained with it needs it.
         num_images_in_input: 1 main camera, 2 with wrist.
         use_proprio: proprioception as an input.
         batch_size: per optimiser step and accumulation step.
@@ -113,10 +114,8 @@ class FinetuneConfig:
         Raises:
             FlagError: names the flag and what to do.
         """
-        unbuilt = {"use_diffusion": self.use_diffusion, "use_film": self.use_film}
-        for flag, value in unbuilt.items():
-            if value:
-                raise FlagError(f"--{flag} True is not built yet; leave it out")
+        if self.use_diffusion:
+            raise FlagError("--use_diffusion True is not built yet; leave it out")
         if not self.use_l1_regression:
             raise FlagError("--use_l1_regression False (discrete action tokens) is not built yet; leave it out")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:

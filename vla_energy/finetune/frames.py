@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.film import has_film
 from vla_energy.config import CandidatesConfig, EnergyConfig
 from vla_energy.crops import crop_chunks
 from vla_energy.data import DatasetError
@@ -91,6 +92,7 @@ class FrameReader:
             raise DatasetError(f"{folder} is not a folder: --checkpoint takes a checkpoint's")
         stored = OpenVLAConfig.from_folder(folder)
         config.num_images_in_input = stored.num_images
+        config.use_film = has_film(folder)
         config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()

@@ -12,6 +12,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics, select_statistics
 from vla_energy.backbones import CheckpointFolderError, LoadedVLA, OpenVLAConfig, load_openvla
 from vla_energy.backbones.config import ComponentError
+from vla_energy.backbones.film import has_film
 from vla_energy.backbones.lora import add_lora
 from vla_energy.backbones.openvla import LayerExits
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
@@ -184,6 +185,7 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_
         logger.warning("starting a new action head (and proprio projector): %s is taken without", folder)
     if not config.use_proprio and any(folder.glob("proprio_projector--*")):
         logger.warning("%s was trained with proprioception; --use_proprio True would use it", folder)
+    _check_film(config, folder)
     try:
         return load_openvla(
             folder,
@@ -193,9 +195,22 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_
             action_dim=action_dim,
             proprio_dim=proprio_dim,
             new_head=config.new_action_head,
+            use_film=config.use_film,
         )
     except ComponentError as error:
         raise ComponentError(f"{error}; --new_action_head True starts both components anew") from error
+
+
+def _check_film(config: FinetuneConfig, folder: Path) -> None:
+    if has_film(folder) and not config.use_film:
+        raise FlagError(f"{folder} was trained with FiLM: it needs --use_film True")
+    if config.use_film and not has_film(folder):
+        if config.energy.freeze_backbone:
+            raise FlagError(
+                f"--use_film True: {folder} was trained without FiLM, and --energy.freeze_backbone True trains no new "
+                "layers; leave --use_film out"
+            )
+        logger.warning("starting new FiLM layers: %s is taken without", folder)
 
 
 def _check_length(config: FinetuneConfig, vla: LoadedVLA) -> None:
