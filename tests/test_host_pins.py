@@ -42,6 +42,7 @@ NOT_CORE = {
     "test_rollout_libero.py": "the simulator",
     "test_rollout_record.py": "RLDS, the simulator",
     "test_stability_benchmark.py": "features of the native backbone, RLDS",
+    "test_tokens.py": "the native backbone, RLDS",
     Path(__file__).name: "runs the others",
 }
 """Test files that need more than openvla-oft's environment, and what. All others are the core's: a new file is, until

@@ -62,6 +62,7 @@ def load_openvla(
     proprio_dim: int | None = None,
     new_head: bool = False,
     use_film: bool | None = None,
+    discrete: bool | None = None,
 ) -> LoadedVLA:
     """Loads an OpenVLA or OpenVLA-OFT checkpoint folder, ours or the host's, in eval mode on the CPU.
 
@@ -78,6 +79,8 @@ def load_openvla(
         new_head: take no action head and projector from the folder, make both new.
         use_film: None is what the folder has; True makes *new* FiLM layers for a folder without; False refuses one
             with FiLM.
+        discrete: actions are tokens, and an action head in the folder is left out; None is what the folder says, if it
+            was trained here. A is the folder's own, `action_dim`, or that of its statistics.
 
     Raises:
         CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
@@ -88,7 +91,13 @@ def load_openvla(
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
     config = OpenVLAConfig.from_folder(folder)
-    head = None if new_head else _component(folder, "action_head", required=action_dim is None)
+    path = folder / "dataset_statistics.json"
+    statistics = load_statistics(path) if path.is_file() else {}
+    if discrete is None:
+        discrete = config.discrete_action_dim is not None
+    if discrete:
+        action_dim = _discrete_action_dim(config, action_dim, statistics, folder)
+    head = None if new_head or discrete else _component(folder, "action_head", required=action_dim is None)
     projector = None
     if use_proprio and not new_head:
         projector = _component(folder, "proprio_projector", required=proprio_dim is None)
@@ -101,6 +110,7 @@ def load_openvla(
         num_images=num_images,
         horizon=horizon,
         use_film=film is not None,
+        discrete=discrete,
     )
     weights = _to_timm(_read_weights(folder))
     if film:
@@ -115,8 +125,7 @@ def load_openvla(
         _load(vla.proprio_projector, projector, f"{folder}: proprio_projector")
     vla.folder = folder
     vla.processor = Processor.from_folder(folder, config)
-    path = folder / "dataset_statistics.json"
-    vla.statistics = load_statistics(path) if path.is_file() else {}
+    vla.statistics = statistics
     return vla.to(dtype).eval()
 
 
@@ -167,11 +176,22 @@ def save_openvla(
         if tensors is not None:
             saved = {key: value.to(dtype).cpu() for key, value in tensors.items()}
             torch.save(saved, folder / f"{name}--{step}_checkpoint.pt")
+    discrete = vla.action_dim if vla.discrete else None
     entries = {name: entry.to_dict() for name, entry in statistics.items()}
-    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop), "norm_stats": entries}
+    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop, discrete), "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
     return folder
+
+
+def _discrete_action_dim(
+    config: OpenVLAConfig, asked: int | None, statistics: Mapping[str, DatasetStatistics], folder: Path
+) -> int:
+    dims = {entry.action.dim for entry in statistics.values()}
+    known = config.discrete_action_dim or asked or (dims.pop() if len(dims) == 1 else None)
+    if known is None:
+        raise CheckpointFolderError(f"{folder}: nothing says how many dimensions an action of its tokens has")
+    return known
 
 
 def _film(folder: Path, use_film: bool | None) -> dict[str, Tensor] | None:

@@ -16,7 +16,7 @@ _WRAPPER = "base_model.model."
 def add_lora(vla: OpenVLA, rank: int, dropout: float) -> None:
     """Wraps `vla.backbone`: every linear and convolution layer, alpha = min(rank, 16), Gaussian start.
 
-    The output embedding (`lm_head`) is left out: with a continuous action head nothing reads it. Action head
+    The output embedding (`lm_head`) is left out where an action head stands in its place: nothing reads it. Action head
     and proprio projector stay outside and are trained in full, as in the host; so are FiLM layers.
 
     Args:
@@ -27,7 +27,9 @@ def add_lora(vla: OpenVLA, rank: int, dropout: float) -> None:
     targets = [
         name
         for name, module in vla.backbone.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith("lm_head") and not is_film(name)
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        and (vla.discrete or not name.endswith("lm_head"))
+        and not is_film(name)
     ]
     config = LoraConfig(
         r=rank,

@@ -28,7 +28,7 @@ class FinetuneConfig:
         dataset_config: JSON or YAML file that describes a dataset we do not know.
         run_root_dir: runs are written below it.
         shuffle_buffer_size: frames.
-        use_l1_regression: continuous actions by L1, the only action head so far.
+        use_l1_regression: continuous actions by L1; False is discrete action tokens, without an action head.
         use_diffusion, num_diffusion_steps_train, diffusion_sample_freq: not built yet, refused when set.
         use_film: the instruction modulates the vision blocks (FiLM); a checkpoint trained with it needs it.
         num_images_in_input: 1 main camera, 2 with wrist.
@@ -116,8 +116,7 @@ class FinetuneConfig:
         """
         if self.use_diffusion:
             raise FlagError("--use_diffusion True is not built yet; leave it out")
-        if not self.use_l1_regression:
-            raise FlagError("--use_l1_regression False (discrete action tokens) is not built yet; leave it out")
+        self._check_samples()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise FlagError("training on several processes is not built yet; start one process, without torchrun")
         if self.precision not in ("bf16", "fp32"):
@@ -137,6 +136,21 @@ class FinetuneConfig:
             raise FlagError("--energy.freeze_backbone True with --energy.enabled False leaves nothing to train")
         if self.resume_step is not None and not self.resume:
             raise FlagError("--resume_step needs --resume True")
+
+    def _check_samples(self) -> None:
+        energy = self.energy
+        counts = {
+            "negatives.samples.count": energy.negatives.samples.count,
+            "candidates.samples": energy.candidates.samples,
+        }
+        for flag, value in counts.items():
+            if value and energy.enabled and not self.discrete:
+                raise FlagError(f"--energy.{flag} {value} needs --use_l1_regression False: an L1 head has one chunk")
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are tokens of the language model: neither L1 nor diffusion, as in the host."""
+        return not self.use_l1_regression and not self.use_diffusion
 
     @property
     def run_dir(self) -> Path:
