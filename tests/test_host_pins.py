@@ -29,6 +29,7 @@ NOT_CORE = {
     "test_demo.py": "the native backbone, RLDS",
     "test_doctor.py": "the native backbone beside the host's",
     "test_doctor_host.py": "openvla-oft itself, which is no part of the repository",
+    "test_film.py": "the native backbone, RLDS",
     "test_finetune.py": "the native backbone, RLDS",
     "test_finetune_rollouts.py": "the native backbone, RLDS",
     "test_frames.py": "the native backbone, RLDS",
@@ -44,6 +45,7 @@ NOT_CORE = {
     "test_rollout_libero.py": "the simulator",
     "test_rollout_record.py": "RLDS, the simulator",
     "test_stability_benchmark.py": "features of the native backbone, RLDS",
+    "test_tokens.py": "the native backbone, RLDS",
     Path(__file__).name: "runs the others",
 }
 """Test files that need more than openvla-oft's environment, and what. All others are the core's: a new file is, until

@@ -52,6 +52,7 @@ class OpenVLAConfig:
         horizon: chunk length H.
         num_images: images an observation had in training.
         center_crop: whether the policy expects centre-cropped images.
+        discrete_action_dim: A of a policy that was trained with discrete action tokens here; else None.
         raw: the whole JSON object, so that saving loses no key.
     """
 
@@ -66,6 +67,7 @@ class OpenVLAConfig:
     horizon: int
     num_images: int
     center_crop: bool
+    discrete_action_dim: int | None
     raw: dict[str, Any]
 
     @property
@@ -108,6 +110,7 @@ class OpenVLAConfig:
             horizon=int(own.get("horizon", DEFAULT_HORIZON)),
             num_images=int(own.get("num_images", 1)),
             center_crop=bool(own.get("center_crop", False)),
+            discrete_action_dim=int(own["discrete_action_dim"]) if "discrete_action_dim" in own else None,
             raw=data,
         )
 
@@ -116,7 +119,11 @@ class OpenVLAConfig:
         """Reads `folder/config.json`."""
         return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
 
-    def to_dict(self, horizon: int, num_images: int, center_crop: bool) -> dict[str, Any]:
+    def to_dict(
+        self, horizon: int, num_images: int, center_crop: bool, discrete_action_dim: int | None = None
+    ) -> dict[str, Any]:
         """The JSON object to save: what was read, plus what the policy was trained with in our own section."""
         own = {"horizon": horizon, "num_images": num_images, "center_crop": center_crop}
-        return {**self.raw, _OWN_KEY: {**self.raw.get(_OWN_KEY, {}), **own}}
+        own |= {} if discrete_action_dim is None else {"discrete_action_dim": discrete_action_dim}
+        read = {key: value for key, value in self.raw.get(_OWN_KEY, {}).items() if key != "discrete_action_dim"}
+        return {**self.raw, _OWN_KEY: {**read, **own}}

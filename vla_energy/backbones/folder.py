@@ -1,7 +1,7 @@
 """Checkpoint folders in the host's Hugging Face format: load, save, and load what was saved.
 
-Weights are safetensors (single or sharded); action head and proprio projector are the host's `.pt` files,
-read with `weights_only=True`. Nothing is unpickled and no code of a checkpoint is ever run.
+Weights are safetensors (single or sharded); action head, proprio projector and a vision backbone with FiLM are the
+host's `.pt` files, read with `weights_only=True`. Nothing is unpickled and no code of a checkpoint is ever run.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, load_statistics
 from vla_energy.backbones.config import CheckpointFolderError, ComponentError, OpenVLAConfig, read_json
+from vla_energy.backbones.film import COMPONENT, from_host, has_film, is_film, to_host
 from vla_energy.backbones.lora import merged_state_dict
 from vla_energy.backbones.openvla import OpenVLA
 from vla_energy.backbones.processor import Processor
@@ -60,12 +61,15 @@ def load_openvla(
     action_dim: int | None = None,
     proprio_dim: int | None = None,
     new_head: bool = False,
+    use_film: bool | None = None,
+    discrete: bool | None = None,
 ) -> LoadedVLA:
     """Loads an OpenVLA or OpenVLA-OFT checkpoint folder, ours or the host's, in eval mode on the CPU.
 
     Args:
         folder: `config.json`, safetensors, tokenizer, and (after fine-tuning) `dataset_statistics.json`,
-            one `action_head--*_checkpoint.pt`, one `proprio_projector--*_checkpoint.pt`.
+            one `action_head--*_checkpoint.pt`, one `proprio_projector--*_checkpoint.pt`, and with FiLM one
+            `vision_backbone--*_checkpoint.pt`, which is then what the vision towers' weights are taken from.
         dtype: of all weights.
         num_images: images an observation has.
         use_proprio: whether the policy reads proprioception.
@@ -73,6 +77,10 @@ def load_openvla(
         action_dim: A of a *new* action head, for a folder without one; without it such a folder is refused.
         proprio_dim: P of a *new* proprio projector, likewise.
         new_head: take no action head and projector from the folder, make both new.
+        use_film: None is what the folder has; True makes *new* FiLM layers for a folder without; False refuses one
+            with FiLM.
+        discrete: actions are tokens, and an action head in the folder is left out; None is what the folder says, if it
+            was trained here. A is the folder's own, `action_dim`, or that of its statistics.
 
     Raises:
         CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
@@ -83,10 +91,17 @@ def load_openvla(
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
     config = OpenVLAConfig.from_folder(folder)
-    head = None if new_head else _component(folder, "action_head", required=action_dim is None)
+    path = folder / "dataset_statistics.json"
+    statistics = load_statistics(path) if path.is_file() else {}
+    if discrete is None:
+        discrete = config.discrete_action_dim is not None
+    if discrete:
+        action_dim = _discrete_action_dim(config, action_dim, statistics, folder)
+    head = None if new_head or discrete else _component(folder, "action_head", required=action_dim is None)
     projector = None
     if use_proprio and not new_head:
         projector = _component(folder, "proprio_projector", required=proprio_dim is None)
+    film = _film(folder, use_film)
     vla = LoadedVLA(
         config,
         action_dim=_head_action_dim(head, config, folder) if head else int(action_dim or 0),
@@ -94,8 +109,15 @@ def load_openvla(
         proprio_dim=projector["fc1.weight"].shape[1] if projector else proprio_dim if use_proprio else None,
         num_images=num_images,
         horizon=horizon,
+        use_film=film is not None,
+        discrete=discrete,
     )
-    _load(vla.backbone, _to_timm(read_weights(folder)), str(folder))
+    weights = _to_timm(read_weights(folder))
+    if film:
+        weights = {key: value for key, value in weights.items() if not key.startswith("vision_backbone.")} | film
+    elif film is not None:
+        weights |= {key: value for key, value in vla.backbone.state_dict().items() if is_film(key)}
+    _load(vla.backbone, weights, str(folder))
     if head:
         _load(vla.action_head, head, f"{folder}: action_head")
     if projector:
@@ -103,8 +125,7 @@ def load_openvla(
         _load(vla.proprio_projector, projector, f"{folder}: proprio_projector")
     vla.folder = folder
     vla.processor = Processor.from_folder(folder, config)
-    path = folder / "dataset_statistics.json"
-    vla.statistics = load_statistics(path) if path.is_file() else {}
+    vla.statistics = statistics
     return vla.to(dtype).eval()
 
 
@@ -136,6 +157,7 @@ def save_openvla(
     state = {
         key: value.to(dtype).contiguous()
         for key, value in _from_timm(merged_state_dict(vla.backbone, merge=merge)).items()
+        if not is_film(key)
     }
     if not merge and hasattr(vla.backbone, "peft_config"):
         vla.backbone.save_pretrained(str(folder / "lora_adapter"))
@@ -143,18 +165,44 @@ def save_openvla(
     for name in _PROCESSOR_FILES:
         if (source / name).is_file() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
-    components = {"action_head": vla.action_head, "proprio_projector": vla.proprio_projector}
-    for name, module in components.items():
+    components: dict[str, dict[str, Tensor] | None] = {
+        name: None if module is None else {_DDP_PREFIX + key: value for key, value in module.state_dict().items()}
+        for name, module in {"action_head": vla.action_head, "proprio_projector": vla.proprio_projector}.items()
+    }
+    components[COMPONENT] = to_host(vla.backbone, dtype) if vla.use_film else None  # the host's has no DDP prefix
+    for name, tensors in components.items():
         for old in folder.glob(f"{name}--*_checkpoint.pt"):
             old.unlink()  # the host finds components by substring and wants exactly one
-        if module is not None:
-            tensors = {_DDP_PREFIX + key: value.to(dtype).cpu() for key, value in module.state_dict().items()}
-            torch.save(tensors, folder / f"{name}--{step}_checkpoint.pt")
+        if tensors is not None:
+            saved = {key: value.to(dtype).cpu() for key, value in tensors.items()}
+            torch.save(saved, folder / f"{name}--{step}_checkpoint.pt")
+    discrete = vla.action_dim if vla.discrete else None
     entries = {name: entry.to_dict() for name, entry in statistics.items()}
-    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop), "norm_stats": entries}
+    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop, discrete), "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
     return folder
+
+
+def _discrete_action_dim(
+    config: OpenVLAConfig, asked: int | None, statistics: Mapping[str, DatasetStatistics], folder: Path
+) -> int:
+    dims = {entry.action.dim for entry in statistics.values()}
+    known = config.discrete_action_dim or asked or (dims.pop() if len(dims) == 1 else None)
+    if known is None:
+        raise CheckpointFolderError(f"{folder}: nothing says how many dimensions an action of its tokens has")
+    return known
+
+
+def _film(folder: Path, use_film: bool | None) -> dict[str, Tensor] | None:
+    """Weights of the vision backbone with FiLM; empty where FiLM is asked for and there are none; None without FiLM."""
+    if use_film is False and has_film(folder):
+        raise ComponentError(
+            f"{folder} has a {COMPONENT}--*_checkpoint.pt: it was trained with FiLM, and needs use_film"
+        )
+    if use_film is False or (use_film is None and not has_film(folder)):
+        return None
+    return from_host(_component(folder, COMPONENT, required=False) or {})
 
 
 def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] | None:

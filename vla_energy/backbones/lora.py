@@ -7,6 +7,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from vla_energy.backbones.film import is_film
 from vla_energy.backbones.openvla import OpenVLA
 
 _WRAPPER = "base_model.model."
@@ -15,18 +16,20 @@ _WRAPPER = "base_model.model."
 def add_lora(vla: OpenVLA, rank: int, dropout: float) -> None:
     """Wraps `vla.backbone`: every linear and convolution layer, alpha = min(rank, 16), Gaussian start.
 
-    The output embedding (`lm_head`) is left out: with a continuous action head nothing reads it. Action head
-    and proprio projector stay outside and are trained in full, as in the host.
+    The output embedding (`lm_head`) is left out where an action head stands in its place: nothing reads it. Action head
+    and proprio projector stay outside and are trained in full, as in the host; so are FiLM layers.
 
     Args:
-        vla: is changed in place; only adapters, action head and proprio projector keep `requires_grad`.
+        vla: is changed in place; only adapters, FiLM layers, action head and proprio projector keep `requires_grad`.
         rank: of the adapters.
         dropout: of the adapters.
     """
     targets = [
         name
         for name, module in vla.backbone.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.endswith("lm_head")
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        and (vla.discrete or not name.endswith("lm_head"))
+        and not is_film(name)
     ]
     config = LoraConfig(
         r=rank,
@@ -36,6 +39,8 @@ def add_lora(vla: OpenVLA, rank: int, dropout: float) -> None:
         init_lora_weights="gaussian",
     )
     vla.backbone = get_peft_model(vla.backbone, config)
+    if vla.use_film:
+        vla.backbone.vision_backbone.film.requires_grad_(True)
 
 
 @torch.no_grad()

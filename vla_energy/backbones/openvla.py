@@ -19,6 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_energy.backbones.action_head import L1ActionHead, ProprioProjector
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.film import average_language
+from vla_energy.backbones.tokens import decode
 from vla_energy.backbones.vision import Projector, VisionBackbone
 
 LayerExits = Literal["raw", "normed", "off"]
@@ -37,7 +39,9 @@ class VLAOutput:
         context_mask: `(B, S)` bool, True for BOS, patches, proprio and prompt: what an energy head may see.
         actions: `(B, H, A)`, the policy's chunk.
         layer_actions: `(B, L, H, A)`, L = layers+1, chunks decoded from every layer, the policy's last; None if off.
+            Discrete tokens have no layer exits: L = 1, the policy's alone.
         projector_features: `(B, patches, D)`, the proprio token last if there is one.
+        token_logits: of discrete tokens, `(B, H*A + 1, V)` float32, the stop token's last; else None.
     """
 
     hidden_states: tuple[Tensor, ...]
@@ -46,15 +50,16 @@ class VLAOutput:
     actions: Tensor
     layer_actions: Tensor | None
     projector_features: Tensor
+    token_logits: Tensor | None = None
 
 
 class OpenVLABackbone(nn.Module):
     """Vision towers, projector and language model under the host's parameter names; LoRA wraps this."""
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, config: OpenVLAConfig, use_film: bool = False) -> None:
         super().__init__()
-        self.vision_backbone = VisionBackbone(config)
         llama = LlamaConfig(**config.text, attn_implementation="sdpa")  # pyright: ignore[reportCallIssue]
+        self.vision_backbone = VisionBackbone(config, llama.hidden_size if use_film else None)
         self.projector = Projector(
             self.vision_backbone.embed_dim, llama.hidden_size, fused=self.vision_backbone.fused_featurizer is not None
         )
@@ -71,10 +76,13 @@ class OpenVLABackbone(nn.Module):
             action_mask: `(B, T)` bool, True at action placeholders, whose embeddings are zeroed.
             extra: `(B, 1, D)` proprio token or None.
         """
-        features = self.projector(self.vision_backbone(pixel_values))
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        vision: tuple[Tensor, ...] = (pixel_values,)
+        if self.vision_backbone.film is not None:
+            vision += (average_language(embeddings, attention_mask.bool() & ~action_mask),)
+        features = self.projector(self.vision_backbone(*vision))
         if extra is not None:
             features = torch.cat([features, extra.to(features.dtype)], dim=1)
-        embeddings = self.language_model.get_input_embeddings()(input_ids)
         embeddings = embeddings.masked_fill(action_mask[..., None], 0.0)
         sequence = torch.cat([embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
         visible = attention_mask.bool()
@@ -105,7 +113,7 @@ def bidirectional_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class OpenVLA(nn.Module):
-    """The policy: backbone, L1 action head and (optional) proprio projector.
+    """The policy: backbone, L1 action head (none with discrete tokens) and (optional) proprio projector.
 
     Args:
         config: of the checkpoint.
@@ -114,6 +122,8 @@ class OpenVLA(nn.Module):
         proprio_dim: P, or None for a policy without proprioception.
         num_images: images an observation has.
         horizon: H, default the config's.
+        use_film: the instruction modulates the vision blocks (FiLM).
+        discrete: actions are tokens of the language model; there is no action head.
     """
 
     def __init__(
@@ -124,18 +134,30 @@ class OpenVLA(nn.Module):
         proprio_dim: int | None = None,
         num_images: int = 1,
         horizon: int | None = None,
+        use_film: bool = False,
+        discrete: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.num_images = num_images
         self.horizon = horizon or config.horizon
         self.action_dim = action_dim
-        self.backbone: Any = OpenVLABackbone(config)  # OpenVLABackbone, or peft's wrapper around it
+        self.backbone: Any = OpenVLABackbone(config, use_film)  # OpenVLABackbone, or peft's wrapper around it
         width = self.backbone.language_model.config.hidden_size
         self.context_dim = int(width)
         self.num_layers = int(self.backbone.language_model.config.num_hidden_layers)
-        self.action_head = L1ActionHead(width, head_hidden_dim or width, action_dim)
+        self.action_head: Any = None if discrete else L1ActionHead(width, head_hidden_dim or width, action_dim)
         self.proprio_projector = None if proprio_dim is None else ProprioProjector(proprio_dim, width)
+
+    @property
+    def use_film(self) -> bool:
+        """Whether the instruction modulates the vision blocks."""
+        return self.backbone.vision_backbone.film is not None
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are tokens of the language model."""
+        return self.action_head is None
 
     @property
     def channels(self) -> int:
@@ -168,10 +190,17 @@ class OpenVLA(nn.Module):
                 batch["pixel_values"].to(dtype), batch["input_ids"], batch["attention_mask"], action_mask, extra
             )
         rows, positions = _action_positions(action_mask, features.shape[1], self.action_dim)
-        head_dtype = self.action_head.model.fc1.weight.dtype
-        actions = self.action_head(hidden[-1][rows, positions].to(head_dtype))
-        layer_actions = None
-        if layer_exits != "off":
+        token_logits, layer_actions = None, None
+        if self.discrete:
+            # The state at the last action token predicts the stop token.
+            states = hidden[-1][rows, torch.cat([positions, positions[:, -1:] + 1], dim=1)]
+            token_logits = self.backbone.language_model.lm_head(states).float()
+            actions = decode(token_logits[:, :-1].argmax(-1), self.action_dim, self.config)
+            layer_actions = None if layer_exits == "off" else actions[:, None]
+        else:
+            head_dtype = self.action_head.model.fc1.weight.dtype
+            actions = self.action_head(hidden[-1][rows, positions].to(head_dtype))
+        if layer_exits != "off" and not self.discrete:
             inner = self._inner_exits(hidden[:-1], rows, positions, normed=layer_exits == "normed")
             layer_actions = torch.cat([inner.to(actions.dtype), actions[:, None]], dim=1)
         return VLAOutput(
@@ -182,6 +211,7 @@ class OpenVLA(nn.Module):
             actions=actions,
             layer_actions=layer_actions,
             projector_features=features,
+            token_logits=token_logits,
         )
 
     def _attention_kernel(self, device: torch.device) -> AbstractContextManager[object]:

@@ -7,15 +7,20 @@ from torch import Tensor, nn
 
 from vla_energy.backbones import timm_models
 from vla_energy.backbones.config import CheckpointFolderError, OpenVLAConfig
+from vla_energy.backbones.film import film_layers, modulated_features
 
 
 class VisionBackbone(nn.Module):
     """One or two timm vision transformers; the patch features of two are concatenated by channel.
 
     Features come from the second-to-last block, without its final norm (Prismatic's choice).
+
+    Args:
+        config: of the checkpoint.
+        film_dim: width of the language embeddings that modulate every block (FiLM); None is without.
     """
 
-    def __init__(self, config: OpenVLAConfig) -> None:
+    def __init__(self, config: OpenVLAConfig, film_dim: int | None = None) -> None:
         super().__init__()
         towers = [
             timm_models.create(name, size, act)
@@ -27,26 +32,43 @@ class VisionBackbone(nn.Module):
         self.fused_featurizer = towers[1] if len(towers) == 2 else None
         self.embed_dim = sum(int(tower.embed_dim) for tower in towers)  # type: ignore[arg-type]
         self.num_patches = int(towers[0].patch_embed.num_patches)  # type: ignore[union-attr, arg-type]
+        named: dict[str, nn.Module] = dict(zip(("featurizer", "fused_featurizer"), towers, strict=False))
+        self.film = None if film_dim is None else film_layers(named, film_dim)
 
     @property
     def channels(self) -> int:
         """Channels of one image: three a tower."""
         return 3 if self.fused_featurizer is None else 6
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor, language: Tensor | None = None) -> Tensor:
         """`(B, channels * images, height, width)` -> `(B, patches * images, embed_dim)`, images in order.
 
+        Args:
+            pixel_values: of all images.
+            language: `(B, film_dim)` mean language embedding, with FiLM only.
+
         Raises:
-            ValueError: the channel count is not a multiple of `channels`.
+            ValueError: the channel count is not a multiple of `channels`, or `language` is missing or not wanted.
         """
         batch, channels = pixel_values.shape[:2]
         if channels % self.channels:
             raise ValueError(f"pixel_values has {channels} channels, not a multiple of {self.channels}")
+        if (language is None) != (self.film is None):
+            raise ValueError("a language embedding is needed with FiLM, and with FiLM only")
         images = pixel_values.reshape(-1, self.channels, *pixel_values.shape[2:])
-        features = _patch_features(self.featurizer, images[:, :3])
+        if language is not None:
+            language = language.repeat_interleave(len(images) // batch, dim=0)
+        features = self._features("featurizer", images[:, :3], language)
         if self.fused_featurizer is not None:
-            features = torch.cat([features, _patch_features(self.fused_featurizer, images[:, 3:])], dim=-1)
+            fused = self._features("fused_featurizer", images[:, 3:], language)
+            features = torch.cat([features, fused], dim=-1)
         return features.reshape(batch, -1, self.embed_dim)
+
+    def _features(self, name: str, images: Tensor, language: Tensor | None) -> Tensor:
+        tower = getattr(self, name)
+        if self.film is None or language is None:
+            return _patch_features(tower, images)
+        return modulated_features(tower, self.film[name], images, language)  # type: ignore[arg-type]
 
 
 def _patch_features(tower: nn.Module, images: Tensor) -> Tensor:

@@ -108,6 +108,10 @@ class CandidatesConfig:
             more rows. In rollouts and preflight; the margin that fine-tuning calibrates does not know them.
         crop_scale: side of such a crop relative to the image, to whose size it is brought back. It takes the place of
             the centre crop; a policy trained on crops knows a side of 0.95.
+        samples: so many chunks drawn from a discrete-token policy's distributions, all of the one forward pass. The
+            policy's own chunk, of the likeliest tokens, comes first, so that reranking is best of 1 + `samples`.
+        sample_temperature: divides the logits before drawing; smaller stays nearer to the likeliest tokens. Also of
+            `negatives.samples`.
     """
 
     num_candidates: int = 16
@@ -116,10 +120,14 @@ class CandidatesConfig:
     overlap: bool = False
     crops: int = 0
     crop_scale: float = 0.9
+    samples: int = 0
+    sample_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         checks.flag("candidates.overlap", self.overlap)
         checks.count("candidates.crops", self.crops)
+        checks.count("candidates.samples", self.samples)
+        checks.positive("candidates.sample_temperature", self.sample_temperature)
         scale = self.crop_scale
         within = checks.is_number(scale) and 0 < scale <= 1
         checks.require(within, "candidates.crop_scale", scale, "0 < crop_scale <= 1")

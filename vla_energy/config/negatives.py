@@ -185,9 +185,26 @@ class RetrievedConfig:
         _source("retrieved", self.count, self.weight)
 
 
+@dataclass
+class SamplesConfig:
+    """Chunks drawn from a discrete-token policy's distributions (`--use_l1_regression False`).
+
+    What inference will choose among, at `candidates.sample_temperature`.
+
+    Attributes:
+        count: so many beside the policy's own chunk; 0 is off.
+    """
+
+    count: int = 0
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _source("samples", self.count, self.weight)
+
+
 SOURCES = (
     "layer_exits", "expert_noise", "policy_noise", "shuffle", "shift", "amplitude", "gripper_flip", "in_batch", "hard",
-    "retrieved",
+    "retrieved", "samples",
 )  # fmt: skip
 """Names of the sources, the fields of `NegativesConfig`."""
 
@@ -211,6 +228,7 @@ class NegativesConfig:
     gripper_flip: GripperFlipConfig = field(default_factory=GripperFlipConfig)
     hard: HardConfig = field(default_factory=HardConfig)
     retrieved: RetrievedConfig = field(default_factory=RetrievedConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     near_positive_threshold: float = 0.02
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from vla_energy.actions import DatasetStatistics, StatisticsError, load_statistics
 from vla_energy.checkpoint import find_one, load_head
 from vla_energy.doctor.findings import Finding, NotCheckedError, Subject
+from vla_energy.doctor.policy import is_discrete
 from vla_energy.gates import load_gates
 from vla_energy.rerank import CompatibilityError, check_statistics
 
@@ -33,7 +34,7 @@ def components(subject: Subject) -> Iterator[Finding]:
                 "the host takes the one file with this in its name and stops if there are more",
                 "move all but one out of the folder, backups too",
             )  # fmt: skip
-    if not matches["action_head"]:
+    if not matches["action_head"] and not is_discrete(folder):
         yield Finding(
             "components", "warning", "no action_head--*_checkpoint.pt",
             "a base model: it gives discrete tokens, no chunks; fine for starting a fine-tune, not for driving",

@@ -32,6 +32,8 @@ def merge(subject: Subject) -> Iterator[Finding]:
     adapter = folder / ADAPTER
     if not (adapter / "adapter_config.json").is_file():
         raise NotCheckedError(f"there is no {ADAPTER}/ beside the checkpoint: nothing to compare it with")
+    if any(folder.glob("vision_backbone--*_checkpoint.pt")):
+        raise NotCheckedError("a policy with FiLM: its towers' adapters lie in vision_backbone--*, not in the merge")
     policy = subject.loaded
     base, unmerged_here = _base(subject, adapter)
     try:

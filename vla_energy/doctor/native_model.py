@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA, load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.tokens import expected_chunks
 from vla_energy.doctor.policy import Batch, component
 
 
@@ -43,8 +44,11 @@ class NativePolicy:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Tensor:
-        """Normalised chunks `(B,H,A)`."""
-        return self.vla.eval()(batch, layer_exits="off").actions.float().cpu()
+        """Normalised chunks `(B,H,A)`; of discrete tokens their mean, as the likeliest ones hide small changes."""
+        out = self.vla.eval()(batch, layer_exits="off")
+        if out.token_logits is not None:
+            return expected_chunks(out.token_logits, self.action_dim, self.vla.config).cpu()
+        return out.actions.float().cpu()
 
     def unnormalize(self, actions: Tensor, dataset: str) -> Tensor | None:
         """None: the library's is the only one."""
@@ -52,10 +56,11 @@ class NativePolicy:
 
     def sibling(self, folder: Path) -> NativePolicy:
         """This policy's action head and projector on the backbone of `folder`."""
-        weight = self.vla.action_head.model.fc1.weight
+        weight = self.vla.backbone.projector.fc1.weight
         other = load_openvla(
             folder, weight.dtype, num_images=self.num_images, use_proprio=self.proprio_dim is not None,
             horizon=self.horizon, action_dim=self.action_dim, proprio_dim=self.proprio_dim, new_head=True,
+            discrete=self.vla.discrete,
         ).to(weight.device)  # fmt: skip
         other.action_head = copy.deepcopy(self.vla.action_head)
         other.proprio_projector = copy.deepcopy(self.vla.proprio_projector)

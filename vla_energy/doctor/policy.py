@@ -57,9 +57,15 @@ class Policy(Protocol):
 def load(subject: Subject) -> Iterator[Finding]:
     """Loads the checkpoint into `subject.policy`."""
     folder = subject.folder
-    if not any("action_head" in path.name for path in folder.iterdir()):
+    if not any("action_head" in path.name for path in folder.iterdir()) and not is_discrete(folder):
         raise NotCheckedError("a base model: there is no action head to run, see 'components'")
     kind = _kind(subject)
+    if kind == "host" and is_discrete(folder):
+        raise NotCheckedError(
+            "a policy with discrete action tokens, which is examined by our model alone", "leave --host out"
+        )
+    if kind == "host" and any(folder.glob("vision_backbone--*_checkpoint.pt")):
+        raise NotCheckedError("a policy with FiLM, which is examined by our model alone", "leave --host out")
     try:
         if kind == "host":
             from vla_energy.doctor.host_model import HostPolicy as Chosen
@@ -108,6 +114,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{folder / 'config.json'}: expected a JSON object")
     return data
+
+
+def is_discrete(folder: Path) -> bool:
+    """Whether a checkpoint was trained here with discrete action tokens: it has no action head."""
+    return "discrete_action_dim" in read_config(folder).get("vla_energy", {})
 
 
 def component(folder: Path, name: str) -> dict[str, Tensor] | None:

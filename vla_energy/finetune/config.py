@@ -28,8 +28,9 @@ class FinetuneConfig:
         dataset_config: JSON or YAML file that describes a dataset we do not know.
         run_root_dir: runs are written below it.
         shuffle_buffer_size: frames.
-        use_l1_regression: continuous actions by L1, the only action head so far.
-        use_diffusion, num_diffusion_steps_train, use_film, diffusion_sample_freq: not built yet, refused when set.
+        use_l1_regression: continuous actions by L1; False is discrete action tokens, without an action head.
+        use_diffusion, num_diffusion_steps_train, diffusion_sample_freq: not built yet, refused when set.
+        use_film: the instruction modulates the vision blocks (FiLM); a checkpoint trained with it needs it.
         num_images_in_input: 1 main camera, 2 with wrist.
         use_proprio: proprioception as an input.
         batch_size: per optimiser step and accumulation step.
@@ -113,12 +114,9 @@ class FinetuneConfig:
         Raises:
             FlagError: names the flag and what to do.
         """
-        unbuilt = {"use_diffusion": self.use_diffusion, "use_film": self.use_film}
-        for flag, value in unbuilt.items():
-            if value:
-                raise FlagError(f"--{flag} True is not built yet; leave it out")
-        if not self.use_l1_regression:
-            raise FlagError("--use_l1_regression False (discrete action tokens) is not built yet; leave it out")
+        if self.use_diffusion:
+            raise FlagError("--use_diffusion True is not built yet; leave it out")
+        self._check_samples()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise FlagError("training on several processes is not built yet; start one process, without torchrun")
         if self.precision not in ("bf16", "fp32"):
@@ -152,6 +150,21 @@ class FinetuneConfig:
                 f"--energy.rollouts.{changed[0]} {value} does nothing without --energy.rollouts.dataset: name the "
                 "dataset of recorded rollouts, or leave the flag out"
             )
+
+    def _check_samples(self) -> None:
+        energy = self.energy
+        counts = {
+            "negatives.samples.count": energy.negatives.samples.count,
+            "candidates.samples": energy.candidates.samples,
+        }
+        for flag, value in counts.items():
+            if value and energy.enabled and not self.discrete:
+                raise FlagError(f"--energy.{flag} {value} needs --use_l1_regression False: an L1 head has one chunk")
+
+    @property
+    def discrete(self) -> bool:
+        """Whether actions are tokens of the language model: neither L1 nor diffusion, as in the host."""
+        return not self.use_l1_regression and not self.use_diffusion
 
     @property
     def run_dir(self) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.calibrate import calibrate_margin
 from vla_energy.candidates import noise_scale
 from vla_energy.data import RldsDataset
@@ -103,12 +104,18 @@ def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: _Fram
     deadline = time.monotonic() + config.val_time_limit
     size = min(max(config.batch_size, _MIN_BATCH), split.num_frames)
     job.vla.eval()
+    generator, candidates = torch.Generator().manual_seed(config.seed), config.energy.candidates
     for raw in split.batches(size, repeat=False, drop_last=False):
         batch = job.to_batch(raw, crop=config.image_aug)
         with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             output = job.vla(batch, "normed" if config.energy.negatives.layer_exits.normed else "raw")
         assert output.layer_actions is not None
         frames.add((output.actions.float() - batch["actions"]).abs(), raw["episode"])
-        yield output.context.float(), output.context_mask, batch["actions"], output.layer_actions.float()
+        seen = (output.context.float(), output.context_mask, batch["actions"], output.layer_actions.float())
+        if output.token_logits is not None and candidates.samples:
+            drawn = (candidates.samples, candidates.sample_temperature, generator)
+            yield *seen, sample_chunks(output.token_logits, *drawn, job.vla.action_dim, job.vla.config)
+        else:
+            yield seen
         if time.monotonic() > deadline:
             return

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.film import has_film
+from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.config import CandidatesConfig, EnergyConfig
 from vla_energy.crops import crop_chunks
 from vla_energy.data import DatasetError
@@ -34,6 +36,7 @@ class PolicyFrames:
         episodes: `(B,)` int64.
         instructions: B.
         crops: `(B,K,H,A)` the policy's chunks for K crops of the images, or None where none were asked for.
+        samples: `(B,K,H,A)` K more chunks of a policy with discrete tokens, or None where none were asked for.
     """
 
     context: Tensor
@@ -43,6 +46,7 @@ class PolicyFrames:
     episodes: Tensor
     instructions: list[str]
     crops: Tensor | None = None
+    samples: Tensor | None = None
 
     @property
     def policy(self) -> Tensor:
@@ -91,6 +95,8 @@ class FrameReader:
             raise DatasetError(f"{folder} is not a folder: --checkpoint takes a checkpoint's")
         stored = OpenVLAConfig.from_folder(folder)
         config.num_images_in_input = stored.num_images
+        config.use_l1_regression = stored.discrete_action_dim is None
+        config.use_film = has_film(folder)
         config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
@@ -115,7 +121,8 @@ class FrameReader:
             max_frames: None is all.
             batch_size: B.
             candidates: with `crops`, the frames have the policy's chunks for so many crops, at places that depend on
-                the reader's seed and on the frame's place in the order; the policy then reads so many more rows.
+                the reader's seed and on the frame's place in the order; the policy then reads so many more rows. With
+                `samples`, the frames of a policy with discrete tokens have so many more chunks, drawn likewise.
 
         Raises:
             DatasetError: no such split.
@@ -125,22 +132,33 @@ class FrameReader:
         for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):
             if left <= 0:
                 return
-            crops = self._crops(raw, most - left, left, candidates) if candidates and candidates.crops else None
-            yield self._run(raw, left, crops)
+            generators = self._generators(most - left, min(left, len(raw["actions"])))
+            yield self._run(raw, left, generators, candidates or CandidatesConfig())
             left -= len(raw["actions"])
 
-    def _crops(self, raw: dict[str, Any], first: int, rows: int, candidates: CandidatesConfig) -> Tensor:
+    def _generators(self, first: int, rows: int) -> list[torch.Generator]:
+        seeds = (self._config.seed * _SEED_STRIDE + first + row for row in range(rows))
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _crops(
+        self, raw: dict[str, Any], rows: int, generators: list[torch.Generator], candidates: CandidatesConfig
+    ) -> Tensor:
         images, texts, proprio = raw["images"][:rows], list(raw["instructions"])[:rows], raw.get("proprio")
-        seeds = (self._config.seed * _SEED_STRIDE + first + row for row in range(len(images)))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         proprio = None if proprio is None else torch.tensor(proprio)[:rows]
         return crop_chunks(self.vla, images, texts, proprio, generators, candidates).float()
 
     @torch.no_grad()
-    def _run(self, raw: dict[str, Any], rows: int, crops: Tensor | None) -> PolicyFrames:
+    def _run(
+        self, raw: dict[str, Any], rows: int, generators: list[torch.Generator], candidates: CandidatesConfig
+    ) -> PolicyFrames:
+        crops = self._crops(raw, rows, generators, candidates) if candidates.crops else None
         batch = self._job.to_batch(raw, crop=self._crop)
         output = self.vla(batch)
         assert output.layer_actions is not None
+        samples = None
+        if output.token_logits is not None and candidates.samples:
+            drawn = (candidates.samples, candidates.sample_temperature, generators)
+            samples = sample_chunks(output.token_logits[:rows], *drawn, self.vla.action_dim, self.vla.config)
         length = int(output.context_mask.any(0).nonzero().max()) + 1
         return PolicyFrames(
             output.context[:rows, :length].float(),
@@ -150,4 +168,5 @@ class FrameReader:
             torch.tensor(raw["episode"], dtype=torch.int64)[:rows],
             list(raw["instructions"])[:rows],
             crops,
+            samples,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics, select_statistics
 from vla_energy.backbones import CheckpointFolderError, LoadedVLA, OpenVLAConfig, load_openvla
 from vla_energy.backbones.config import ComponentError
+from vla_energy.backbones.film import has_film
 from vla_energy.backbones.lora import add_lora
 from vla_energy.backbones.openvla import LayerExits
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
@@ -178,12 +179,17 @@ def policy_statistics(vla: LoadedVLA, dataset: str, name: str | None = None) -> 
 def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_dim: int | None) -> LoadedVLA:
     # A bare OpenVLA has no action head and gets a new one; of a checkpoint that was fine-tuned, none may be missing.
     fine_tuned = any(folder.glob("*action_head*")) or "vla_energy" in OpenVLAConfig.from_folder(folder).raw
+    _check_discrete(config, folder)
     if fine_tuned and not config.new_action_head:
-        action_dim = proprio_dim = None
+        action_dim, proprio_dim = action_dim if config.discrete else None, None
+    elif config.discrete:
+        if config.use_proprio and (config.new_action_head or not any(folder.glob("proprio_projector--*"))):
+            logger.warning("starting a new proprio projector: %s is taken without", folder)
     else:
         logger.warning("starting a new action head (and proprio projector): %s is taken without", folder)
     if not config.use_proprio and any(folder.glob("proprio_projector--*")):
         logger.warning("%s was trained with proprioception; --use_proprio True would use it", folder)
+    _check_film(config, folder)
     try:
         return load_openvla(
             folder,
@@ -193,9 +199,42 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_
             action_dim=action_dim,
             proprio_dim=proprio_dim,
             new_head=config.new_action_head,
+            use_film=config.use_film,
+            discrete=config.discrete,
         )
     except ComponentError as error:
-        raise ComponentError(f"{error}; --new_action_head True starts both components anew") from error
+        raise ComponentError(
+            f"{error}; --new_action_head True starts both components anew, and a checkpoint with discrete action "
+            "tokens needs --use_l1_regression False"
+        ) from error
+
+
+def _check_discrete(config: FinetuneConfig, folder: Path) -> None:
+    trained = OpenVLAConfig.from_folder(folder).discrete_action_dim is not None
+    if trained and not config.discrete and not config.new_action_head:
+        raise FlagError(
+            f"{folder} was trained with discrete action tokens: it needs --use_l1_regression False, or "
+            "--new_action_head True to start an action head"
+        )
+    if config.discrete and any(folder.glob("action_head--*")):
+        if config.energy.freeze_backbone:
+            raise FlagError(
+                f"--use_l1_regression False: {folder} was trained with an action head, and "
+                "--energy.freeze_backbone True trains no tokens; leave --use_l1_regression out"
+            )
+        logger.warning("%s has an action head, which discrete action tokens leave out", folder)
+
+
+def _check_film(config: FinetuneConfig, folder: Path) -> None:
+    if has_film(folder) and not config.use_film:
+        raise FlagError(f"{folder} was trained with FiLM: it needs --use_film True")
+    if config.use_film and not has_film(folder):
+        if config.energy.freeze_backbone:
+            raise FlagError(
+                f"--use_film True: {folder} was trained without FiLM, and --energy.freeze_backbone True trains no new "
+                "layers; leave --use_film out"
+            )
+        logger.warning("starting new FiLM layers: %s is taken without", folder)
 
 
 def _check_length(config: FinetuneConfig, vla: LoadedVLA) -> None:

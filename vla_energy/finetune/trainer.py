@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vla_energy.backbones import VLAOutput
+from vla_energy.backbones.tokens import sample_chunks, token_loss, token_metrics
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.evaluate import evaluate
@@ -104,7 +105,7 @@ class Trainer:
         """Says what the sources of negatives cannot do with this batch size, model and data."""
         config, vla = self.config, self.job.vla
         traits = ActionTraits.of(self.job.statistics)
-        shape = (config.batch_size, vla.num_layers + 1, vla.horizon, vla.action_dim)
+        shape = (config.batch_size, 1 if vla.discrete else vla.num_layers + 1, vla.horizon, vla.action_dim)
         loss = config.energy.loss
         asked = loss.margin_sources if loss.margin else ()
         for warning in check_sources(config.energy.negatives, *shape, traits, asked):
@@ -186,17 +187,23 @@ class Trainer:
         return metrics
 
     def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput:
-        """Forward, and backward where the policy is trained; adds the L1 metrics."""
+        """Forward, and backward where the policy is trained; adds the L1 metrics, and those of discrete tokens."""
         exits = layer_exits(self.config)
         vla = self.job.vla.train(self.trains_policy)
         with torch.set_grad_enabled(self.trains_policy), autocast(self.config, self.job.device):
             output = vla(batch, exits)
         errors = (output.actions.float() - batch["actions"]).abs()
         loss = errors.mean()
+        if output.token_logits is not None:
+            loss = token_loss(output.token_logits, batch["labels"])
+            with torch.no_grad():
+                found = token_metrics(output.token_logits, batch["labels"], vla.action_dim, vla.config)
+            metrics.update({f"train/{name}": value for name, value in found.items()})
+            metrics["train/cross_entropy"] = loss.detach()
         if self.trains_policy:
             (loss / self.config.grad_accumulation_steps).backward()
         errors = errors.detach()
-        metrics["train/l1"] = loss.detach()
+        metrics["train/l1"] = errors.mean()
         metrics["train/l1_current"] = errors[:, 0].mean()
         metrics["train/l1_next"] = errors[:, 1:].mean() if errors.shape[1] > 1 else errors.mean()
         return output
@@ -215,7 +222,8 @@ class Trainer:
         assert output.layer_actions is not None
         layers = output.layer_actions.detach().float()
         seen = (output.context.detach(), output.context_mask, batch["actions"], layers)
-        loss, energy = self.objective(*seen, self.generator, self.step, self._retrieve(output, episodes), rollouts)
+        retrieved = self._retrieve(output, episodes)
+        loss, energy = self.objective(*seen, self.generator, self.step, retrieved, rollouts, self._sample(output))
         (loss / self.config.grad_accumulation_steps).backward()
         metrics.update(energy)
         return seen
@@ -227,6 +235,15 @@ class Trainer:
             return None
         exclude = torch.tensor(episodes)
         return self.memory.nearest(output.context, output.context_mask, output.actions, count, exclude).chunks
+
+    def _sample(self, output: VLAOutput) -> Tensor | None:
+        """`(B,K,H,A)` more chunks of a policy with discrete tokens, where the objective wants them."""
+        config, vla = self.config.energy, self.job.vla
+        count = config.negatives.samples.count
+        if output.token_logits is None or not count:
+            return None
+        temperature = config.candidates.sample_temperature
+        return sample_chunks(output.token_logits, count, temperature, self.generator, vla.action_dim, vla.config)
 
     def _step_policy(self) -> None:
         config, optimizer = self.config, self.optimizer

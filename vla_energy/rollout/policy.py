@@ -15,6 +15,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics, select_statistics
 from vla_energy.backbones import load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
 from vla_energy.crops import crop_chunks
@@ -98,7 +99,12 @@ class CheckpointPolicy:
         if arm == "replan":
             return self._replan(frame, requests)
         generators = [request.generator for request in requests]
-        proposal, accepted = self._advisor.decide(arm, frame, generators, self._others(arm, frame, requests))
+        others = self._others(arm, frame, requests)
+        candidates = self._head_config().candidates
+        if output.token_logits is not None and arm.startswith("rerank") and candidates.samples:
+            drawn = (candidates.samples, candidates.sample_temperature, generators)
+            others["sample"] = Source(sample_chunks(output.token_logits, *drawn, self.action_dim, self._vla.config))
+        proposal, accepted = self._advisor.decide(arm, frame, generators, others)
         chunks = torch.where(accepted[:, None, None], proposal.actions, output.actions)
         numbers = {"energy_gain": proposal.gain, "key_distance": proposal.nearest}
         return [
