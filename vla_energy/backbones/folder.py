@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _PROCESSOR_FILES = (
     "generation_config.json",
 )
 _DDP_PREFIX = "module."
+_L1_PREFIX, _DIFFUSION_PREFIX = "model.", "noise_predictor.mlp_resnet."
 
 
 class LoadedVLA(OpenVLA):
@@ -60,12 +62,15 @@ def load_openvla(
     action_dim: int | None = None,
     proprio_dim: int | None = None,
     new_head: bool = False,
+    use_diffusion: bool | None = None,
+    diffusion_steps: tuple[int, int] | None = None,
 ) -> LoadedVLA:
     """Loads an OpenVLA or OpenVLA-OFT checkpoint folder, ours or the host's, in eval mode on the CPU.
 
     Args:
         folder: `config.json`, safetensors, tokenizer, and (after fine-tuning) `dataset_statistics.json`,
-            one `action_head--*_checkpoint.pt`, one `proprio_projector--*_checkpoint.pt`.
+            one `action_head--*_checkpoint.pt` (L1 or diffusion, by its weights), one
+            `proprio_projector--*_checkpoint.pt`, with a diffusion head one `noisy_action_projector--*_checkpoint.pt`.
         dtype: of all weights.
         num_images: images an observation has.
         use_proprio: whether the policy reads proprioception.
@@ -73,6 +78,8 @@ def load_openvla(
         action_dim: A of a *new* action head, for a folder without one; without it such a folder is refused.
         proprio_dim: P of a *new* proprio projector, likewise.
         new_head: take no action head and projector from the folder, make both new.
+        use_diffusion: a *new* action head is a diffusion head.
+        diffusion_steps: of training and of inference, default what `config.json` says, else 50 and 50.
 
     Raises:
         CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
@@ -83,21 +90,31 @@ def load_openvla(
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
     config = OpenVLAConfig.from_folder(folder)
+    if diffusion_steps is not None:
+        train, inference = diffusion_steps
+        config = replace(config, num_diffusion_steps_train=train, num_diffusion_steps_inference=inference)
     head = None if new_head else _component(folder, "action_head", required=action_dim is None)
     projector = None
     if use_proprio and not new_head:
         projector = _component(folder, "proprio_projector", required=proprio_dim is None)
+    diffusion = bool(use_diffusion) if head is None else is_diffusion(head)
+    prefix = _DIFFUSION_PREFIX if diffusion else _L1_PREFIX
+    noisy = _component(folder, "noisy_action_projector", required=True) if head and diffusion else None
     vla = LoadedVLA(
         config,
-        action_dim=_head_action_dim(head, config, folder) if head else int(action_dim or 0),
-        head_hidden_dim=len(head["model.fc1.bias"]) if head else None,
+        action_dim=_head_action_dim(head, prefix, config, folder) if head else int(action_dim or 0),
+        head_hidden_dim=len(head[f"{prefix}fc1.bias"]) if head else None,
         proprio_dim=projector["fc1.weight"].shape[1] if projector else proprio_dim if use_proprio else None,
         num_images=num_images,
         horizon=horizon,
+        diffusion=diffusion,
     )
     _load(vla.backbone, _to_timm(_read_weights(folder)), str(folder))
     if head:
         _load(vla.action_head, head, f"{folder}: action_head")
+    if noisy:
+        assert vla.noisy_action_projector is not None
+        _load(vla.noisy_action_projector, noisy, f"{folder}: noisy_action_projector")
     if projector:
         assert vla.proprio_projector is not None
         _load(vla.proprio_projector, projector, f"{folder}: proprio_projector")
@@ -143,7 +160,11 @@ def save_openvla(
     for name in _PROCESSOR_FILES:
         if (source / name).is_file() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
-    components = {"action_head": vla.action_head, "proprio_projector": vla.proprio_projector}
+    components = {
+        "action_head": vla.action_head,
+        "proprio_projector": vla.proprio_projector,
+        "noisy_action_projector": vla.noisy_action_projector,
+    }
     for name, module in components.items():
         for old in folder.glob(f"{name}--*_checkpoint.pt"):
             old.unlink()  # the host finds components by substring and wants exactly one
@@ -151,7 +172,9 @@ def save_openvla(
             tensors = {_DDP_PREFIX + key: value.to(dtype).cpu() for key, value in module.state_dict().items()}
             torch.save(tensors, folder / f"{name}--{step}_checkpoint.pt")
     entries = {name: entry.to_dict() for name, entry in statistics.items()}
-    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop), "norm_stats": entries}
+    head = vla.action_head
+    steps = (head.schedule.num_train, head.num_steps_inference) if vla.diffuses else None
+    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop, steps), "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
     return folder
@@ -174,12 +197,19 @@ def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] 
     return {key.removeprefix(_DDP_PREFIX): value for key, value in state.items()}
 
 
-def _head_action_dim(head: dict[str, Tensor], config: OpenVLAConfig, folder: Path) -> int:
+def is_diffusion(head: Mapping[str, Tensor]) -> bool:
+    """Whether an action head's weights are a diffusion head's."""
+    return any(key.startswith(_DIFFUSION_PREFIX) for key in head)
+
+
+def _head_action_dim(head: dict[str, Tensor], prefix: str, config: OpenVLAConfig, folder: Path) -> int:
     try:
-        action_dim = len(head["model.fc2.bias"])
-        width = len(head["model.layer_norm1.bias"])
+        action_dim = len(head[f"{prefix}fc2.bias"])
+        width = len(head[f"{prefix}layer_norm1.bias"])
     except KeyError as error:
-        raise CheckpointFolderError(f"{folder}: the action head is no L1 head, it lacks {error}") from error
+        raise CheckpointFolderError(
+            f"{folder}: the action head is neither an L1 nor a diffusion head, it lacks {error}"
+        ) from error
     expected = int(config.text.get("hidden_size", 4096)) * action_dim
     if width != expected:
         raise CheckpointFolderError(f"{folder}: the action head reads {width} features, the model gives {expected}")
