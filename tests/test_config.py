@@ -24,6 +24,7 @@ from vla_energy.config import (
     PolicyNoiseConfig,
     RangeConfig,
     RolloutsConfig,
+    SamplesConfig,
     TemperatureConfig,
 )
 
@@ -84,6 +85,8 @@ def test_draccus_reads_nested_flags() -> None:
         (lambda: HardConfig(count=9, pool=8), "at most hard.pool=8"),
         (lambda: GripperFlipConfig(count=2), "0 or 1"),
         (lambda: AmplitudeConfig(factors=(1.0,)), "no factor of 1"),
+        (lambda: CandidatesConfig(samples=-1), "candidates.samples=-1: expected an integer, 0 or more"),
+        (lambda: SamplesConfig(steps=0), "negatives.samples.steps=0: expected an integer, 1 or more"),
         (lambda: CandidatesConfig(crops=-1), "candidates.crops=-1: expected an integer, 0 or more"),
         (lambda: CandidatesConfig(crop_scale=0.0), "candidates.crop_scale=0.0: expected 0 < crop_scale <= 1"),
         (lambda: CandidatesConfig(crop_scale=1.1), "candidates.crop_scale=1.1"),

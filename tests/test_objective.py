@@ -186,7 +186,9 @@ def test_every_source_and_loss_at_once_is_finite_and_named() -> None:
     traits = ActionTraits(torch.ones(A), (2,), -torch.ones(A), torch.ones(A))
     head = EnergyHead(D, A, H, config)
     lent = torch.randn(5, 2, H, A, generator=generator())
-    loss, metrics = EnergyObjective(head, config, traits)(*batch(5, generator()), generator(), retrieved=lent)
+    loss, metrics = EnergyObjective(head, config, traits)(
+        *batch(5, generator()), generator(), retrieved=lent, samples=lent
+    )
     loss.backward()
     assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.parameters())

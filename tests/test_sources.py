@@ -80,7 +80,9 @@ def test_the_first_sources_draw_what_they_always_drew_whatever_is_added(rows: in
     assert torch.equal(build(config, expert, layer_actions, seed).chunks, expected)
     config = only(*SOURCES)
     config.policy_noise.correlation = 0.0
-    more = build(config, expert, layer_actions, seed, traits=TRAITS, energy_fn=size, retrieved=lent(expert))
+    more = build(
+        config, expert, layer_actions, seed, traits=TRAITS, energy_fn=size, retrieved=lent(expert), samples=lent(expert)
+    )
     assert torch.equal(more.chunks[:, : expected.shape[1]], expected)
 
 
@@ -104,10 +106,12 @@ def test_all_sources_fill_columns_of_their_own_in_order() -> None:
     config = only(*SOURCES)
     for i, name in enumerate(SOURCES, 1):
         getattr(config, name).weight = float(i)
-    built = build(config, expert, layer_actions, traits=TRAITS, energy_fn=size, retrieved=lent(expert))
+    built = build(
+        config, expert, layer_actions, traits=TRAITS, energy_fn=size, retrieved=lent(expert), samples=lent(expert)
+    )
     tops = {name: columns for name, columns in built.sources.items() if not name.startswith("layer_exit_")}
     order = ["layer_exits", "expert_noise", "policy", "policy_noise", "in_batch", "shuffle", "shift", "amplitude"]
-    assert list(tops) == [*order, "gripper_flip", "hard", "retrieved"]
+    assert list(tops) == [*order, "gripper_flip", "hard", "retrieved", "samples"]
     stop = 0
     for name, columns in tops.items():
         assert columns.start == stop and columns.stop > stop
@@ -122,6 +126,7 @@ def test_all_sources_fill_columns_of_their_own_in_order() -> None:
     flipped = built.chunks[:, built.sources["gripper_flip"]]
     assert torch.equal(flipped[:, 0, :, 2], 1 - expert[..., 2])
     assert torch.equal(built.chunks[:, built.sources["retrieved"]], lent(expert)[:, :2])
+    assert torch.equal(built.chunks[:, built.sources["samples"]], lent(expert)[:, :2])
     shuffled = built.chunks[:, built.sources["shuffle"]]
     assert torch.equal(shuffled.sort(2).values, expert.sort(1).values[:, None].expand_as(shuffled))
 
@@ -381,13 +386,32 @@ def test_every_idle_source_is_told_and_sizes_are_checked() -> None:
         check_sources(NegativesConfig(), B, L, 0, A)
 
 
-def test_retrieved_needs_a_memory_and_enough_of_it() -> None:
+def test_chunks_of_others_are_needed_and_enough_of_them() -> None:
     expert, layer_actions = batch()
     config = only("retrieved")
     with pytest.raises(ValueError, match="vla-energy memory"):
         build(config, expert, layer_actions)
     with pytest.raises(ValueError, match="K >= 2"):
         build(config, expert, layer_actions, retrieved=lent(expert, 1))
+    config = only("samples")
+    with pytest.raises(ValueError, match="negatives.samples is on.*--use_diffusion True"):
+        build(config, expert, layer_actions)
+    with pytest.raises(ValueError, match="samples .*K >= 2"):
+        build(config, expert, layer_actions, samples=lent(expert, 1))
+
+
+def test_a_policy_without_layer_exits_is_told_what_to_take_instead() -> None:
+    (warning,) = check_sources(NegativesConfig(), B, 1, H, A)
+    assert "layer_exits.count 0" in warning and "samples.count 2" in warning
+    config = NegativesConfig()
+    config.layer_exits.layers = (1,)
+    with pytest.raises(ValueError, match="L=1 has no inner layer"):
+        check_sources(config, B, 1, H, A)
+    expert, layer_actions = batch(layers=1)
+    built = build(NegativesConfig(), expert, layer_actions)
+    assert built.empty == ("layer_exits",) and list(built.sources)[1:] == [
+        "expert_noise", "policy", "policy_noise", "in_batch",
+    ]  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None)
@@ -401,7 +425,9 @@ def test_what_is_told_at_the_start_is_what_gives_no_column(rows: int, layers: in
     except ValueError:
         warnings = None
     expert, layer_actions = batch(rows, layers, horizon)
-    built = build(config, expert, layer_actions, traits=TRAITS, energy_fn=size, retrieved=lent(expert))
+    built = build(
+        config, expert, layer_actions, traits=TRAITS, energy_fn=size, retrieved=lent(expert), samples=lent(expert)
+    )
     if warnings is None:
         assert not built.chunks.shape[1] and set(built.empty) == on
     else:

@@ -77,8 +77,8 @@ def propose(
 
     Args:
         policy: `(B,H,A)` normalised chunk of the policy.
-        layer_actions: `(B,L,H,A)`, the policy's chunk last, or None where the policy has no layer exits. Layer 0 (a
-            constant) and the last one are left out.
+        layer_actions: `(B,L,H,A)`, the policy's chunk last, or None. Layer 0 (a constant) and the last one are left
+            out; a policy without layer exits has L = 1.
         generator: of the noise, or B of them, so that a row's noise does not depend on its batch; its device decides
             where the noise is drawn.
         gripper_dims: dimensions without noise and clamping.
@@ -185,7 +185,7 @@ def _check(policy: Tensor, layer_actions: Tensor | None, gripper_dims: Sequence[
     if outside:
         raise ValueError(f"gripper_dims {outside}: the actions have {dims} dimensions")
     if layer_actions is not None and (
-        layer_actions.ndim != 4 or layer_actions[:, 0].shape != policy.shape or layer_actions.shape[1] < 2
+        layer_actions.ndim != 4 or not layer_actions.shape[1] or layer_actions[:, 0].shape != policy.shape
     ):
         shape = tuple(policy.shape)
-        raise ValueError(f"layer_actions {tuple(layer_actions.shape)}: expected (B,L,H,A), L >= 2, for policy {shape}")
+        raise ValueError(f"layer_actions {tuple(layer_actions.shape)}: expected (B,L,H,A), L >= 1, for policy {shape}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vla_energy.candidates import propose
+from vla_energy.candidates import Source, propose
 from vla_energy.config import EnergyConfig
 from vla_energy.measures import chunk_distance, spearman, wins_and_pairs
 from vla_energy.rerank import ScoringHead, choose, scoring
@@ -24,8 +24,9 @@ NEAR, FAR = 0.05, 0.3
 """Distances (mean absolute, normalised units): of the kind `at_0.05`, about a good policy's error, and from which on a
 negative of any kind also counts as `far`."""
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""`context (B,S,D)`, `context_mask (B,S)`, `expert (B,H,A)`, `layer_actions (B,L,H,A)` with the policy's chunk last."""
+Batch = tuple[Tensor, Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""`context (B,S,D)`, `context_mask (B,S)`, `expert (B,H,A)`, `layer_actions (B,L,H,A)` with the policy's chunk last
+(L = 1 without layer exits), and of a policy whose chunks are samples K more `(B,K,H,A)`, which join the candidates."""
 
 
 def rerank_l1(energies: Tensor, distances: Tensor) -> dict[str, Tensor]:
@@ -95,9 +96,10 @@ def evaluate_ranking(
     """
     tally, sources = _Tally(), ()
     with scoring(head):
-        for context, mask, expert, layer_actions in batches:
+        for context, mask, expert, layer_actions, *samples in batches:
             encoded = head.encode(context, mask, layer_actions[:, -1])
             kinds = _negatives(expert, layer_actions, generator)
+            kinds |= {"samples": samples[0].to(expert.dtype)} if samples else {}
             chunks = torch.cat([expert[:, None], *kinds.values()], 1)
             candidates = propose(
                 layer_actions[:, -1],
@@ -106,6 +108,7 @@ def evaluate_ranking(
                 generator,
                 gripper_dims=gripper_dims,
                 scale=scale,
+                others={"sample": Source(samples[0])} if samples else None,
             )
             sources = candidates.sources
             both = torch.cat([chunks, candidates.actions.to(chunks.dtype)], 1)

@@ -50,6 +50,7 @@ class EnergyObjective:
         step: int = 0,
         retrieved: Tensor | None = None,
         rollouts: RolloutFrames | None = None,
+        samples: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, with gradients to the head alone, and metrics as 0-d tensors without gradient.
 
@@ -57,11 +58,13 @@ class EnergyObjective:
             context: `(B,S,D)`; detached here.
             context_mask: `(B,S)` bool, True = valid.
             expert: `(B,H,A)` normalised.
-            layer_actions: `(B,L,H,A)` normalised, the policy's chunk last; detached here.
+            layer_actions: `(B,L,H,A)` normalised, the policy's chunk last (L = 1 for a policy without layer exits);
+                detached here.
             generator: draws the negatives, and the rows that get no reference.
             step: optimiser step, for schedules.
             retrieved: `(B,K,H,A)` chunks of remembered contexts, where `negatives.retrieved` is on.
             rollouts: frames of recorded rollouts, where `config.rollouts` is on; detached here.
+            samples: `(B,K,H,A)` more samples of the policy, where `negatives.samples` is on.
 
         Raises:
             ValueError: the shapes do not fit together, or rollouts are on and not given, or given and off.
@@ -80,6 +83,7 @@ class EnergyObjective:
             self.traits,
             energy_fn=lambda chunks: getattr(self.head, "module", self.head)(inputs, chunks),
             retrieved=retrieved,
+            samples=samples,
         )
         if rollouts is not None and self.config.rollouts.failed:
             failed = failed_chunks(rollouts, policy, self.config.rollouts.failed)

@@ -84,6 +84,7 @@ def build_negatives(
     traits: ActionTraits | None = None,
     energy_fn: EnergyFn | None = None,
     retrieved: Tensor | None = None,
+    samples: Tensor | None = None,
 ) -> NegativeSet:
     """Draws all sources that `config` switches on.
 
@@ -96,6 +97,7 @@ def build_negatives(
         traits: needed by `per_dimension=True`, `amplitude` and `gripper_flip`.
         energy_fn: needed by `hard`, which calls it once, without gradient.
         retrieved: `(B,K,H,A)` chunks of the nearest remembered contexts, K at least `retrieved.count`; needed by it.
+        samples: `(B,K,H,A)` more samples of the policy, K at least `samples.count`; needed by it.
 
     Raises:
         ValueError: the shapes do not fit together, or a source lacks what it needs; the message names the setting.
@@ -114,7 +116,11 @@ def build_negatives(
     if config.hard.count:
         drawn["hard"], filled = _mine(batch, energy_fn)
     if config.retrieved.count:
-        drawn["retrieved"] = _retrieved(batch, retrieved)
+        drawn["retrieved"] = _given(
+            batch, "retrieved", retrieved, "a chunk memory of the training set (vla-energy memory)"
+        )
+    if config.samples.count:
+        drawn["samples"] = _given(batch, "samples", samples, "a policy whose chunks are samples (--use_diffusion True)")
     return _stack(batch, drawn, filled)
 
 
@@ -158,7 +164,7 @@ def check_sources(
 
     Args:
         batch_size: B of one process.
-        num_layers: L of `layer_actions`, layer 0 and the policy among them.
+        num_layers: L of `layer_actions`, layer 0 and the policy among them; 1 for a policy without layer exits.
         margin_sources: names that the margin loss asks for.
 
     Raises:
@@ -169,9 +175,15 @@ def check_sources(
     for name, size in sizes.items():
         checks.count(name, size, 1)
     _check_settings(config, num_layers, action_dim, traits)
+    exits = f"the policy has {num_layers} layers: it needs 3 or more" if num_layers < 3 else None
+    if num_layers == 1:
+        exits = (
+            "the policy has no layer exits (--use_diffusion True): --energy.negatives.layer_exits.count 0 turns it "
+            "off, --energy.negatives.samples.count 2 takes more of the policy's samples"
+        )
     few_steps = f"the horizon is {horizon}: it needs 2 or more" if horizon < 2 else None
     idle = {
-        "layer_exits": f"the policy has {num_layers} layers: it needs 3 or more" if num_layers < 3 else None,
+        "layer_exits": exits,
         "in_batch": f"batch_size is {batch_size}: it needs 2 or more" if batch_size < 2 else None,
         "shuffle": few_steps,
         "shift": few_steps,
@@ -185,8 +197,8 @@ def check_sources(
     warnings = [f"negatives.{name} is on but {idle[name]}" for name in switched_on if idle.get(name)]
     if len(warnings) == len(switched_on):
         raise ValueError(f"no source of negatives can give a chunk: {'; '.join(warnings)}")
-    exits = config.layer_exits
-    layers = negatives.exit_layers(num_layers, exits.count, exits.layers) if exits.count and num_layers > 2 else ()
+    source = config.layer_exits
+    layers = negatives.exit_layers(num_layers, source.count, source.layers) if source.count and num_layers > 2 else ()
     drawn = [*switched_on, *(f"layer_exit_{layer}" for layer in layers)]
     drawn += ["policy"] if config.policy_noise.count else []
     if missing := [name for name in margin_sources if name not in drawn]:
@@ -254,13 +266,14 @@ def _draw(batch: _Batch) -> dict[str, Tensor]:
     return drawn
 
 
-def _retrieved(batch: _Batch, chunks: Tensor | None) -> Tensor:
-    count = batch.config.retrieved.count
+def _given(batch: _Batch, name: str, chunks: Tensor | None, needed: str) -> Tensor:
+    """The caller's chunks of the source `name`, so many as it asks for."""
+    count = getattr(batch.config, name).count
     if chunks is None:
-        raise ValueError("negatives.retrieved is on: it needs a chunk memory of the training set (vla-energy memory)")
+        raise ValueError(f"negatives.{name} is on: it needs {needed}")
     if chunks.ndim != 4 or chunks[:, 0].shape != batch.expert.shape or chunks.shape[1] < count:
         shape = tuple(batch.expert.shape)
-        raise ValueError(f"retrieved {tuple(chunks.shape)}: expected (B,K,H,A), K >= {count}, for expert {shape}")
+        raise ValueError(f"{name} {tuple(chunks.shape)}: expected (B,K,H,A), K >= {count}, for expert {shape}")
     return chunks[:, :count].detach().to(batch.expert)
 
 

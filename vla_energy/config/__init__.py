@@ -32,6 +32,7 @@ from vla_energy.config.negatives import (
     NegativesConfig,
     PolicyNoiseConfig,
     RetrievedConfig,
+    SamplesConfig,
     ShiftConfig,
     ShuffleConfig,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "RetrievalConfig",
     "RetrievedConfig",
     "RolloutsConfig",
+    "SamplesConfig",
     "ShiftConfig",
     "ShuffleConfig",
     "TemperatureConfig",

@@ -108,6 +108,8 @@ class CandidatesConfig:
             more rows. In rollouts and preflight; the margin that fine-tuning calibrates does not know them.
         crop_scale: side of such a crop relative to the image, to whose size it is brought back. It takes the place of
             the centre crop; a policy trained on crops knows a side of 0.95.
+        samples: so many more samples of a diffusion policy, of one encoding of the images; the policy's own chunk is
+            the first sample, so that reranking is best of 1 + `samples`.
     """
 
     num_candidates: int = 16
@@ -116,10 +118,12 @@ class CandidatesConfig:
     overlap: bool = False
     crops: int = 0
     crop_scale: float = 0.9
+    samples: int = 0
 
     def __post_init__(self) -> None:
         checks.flag("candidates.overlap", self.overlap)
         checks.count("candidates.crops", self.crops)
+        checks.count("candidates.samples", self.samples)
         scale = self.crop_scale
         within = checks.is_number(scale) and 0 < scale <= 1
         checks.require(within, "candidates.crop_scale", scale, "0 < crop_scale <= 1")

@@ -185,9 +185,28 @@ class RetrievedConfig:
         _source("retrieved", self.count, self.weight)
 
 
+@dataclass
+class SamplesConfig:
+    """More samples of a policy whose chunks are samples (`--use_diffusion True`): what inference will choose among.
+
+    Attributes:
+        count: so many beside the policy's own chunk; 0 is off.
+        steps: of the denoising while the head trains, of the policy's own chunk, too; each is a pass of the language
+            model without gradient over `1 + count` rows a frame. At most `num_diffusion_steps_train`.
+    """
+
+    count: int = 0
+    weight: float = 1.0
+    steps: int = 10
+
+    def __post_init__(self) -> None:
+        _source("samples", self.count, self.weight)
+        checks.count("negatives.samples.steps", self.steps, 1)
+
+
 SOURCES = (
     "layer_exits", "expert_noise", "policy_noise", "shuffle", "shift", "amplitude", "gripper_flip", "in_batch", "hard",
-    "retrieved",
+    "retrieved", "samples",
 )  # fmt: skip
 """Names of the sources, the fields of `NegativesConfig`."""
 
@@ -211,6 +230,7 @@ class NegativesConfig:
     gripper_flip: GripperFlipConfig = field(default_factory=GripperFlipConfig)
     hard: HardConfig = field(default_factory=HardConfig)
     retrieved: RetrievedConfig = field(default_factory=RetrievedConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
     near_positive_threshold: float = 0.02
 
     def __post_init__(self) -> None:

@@ -241,5 +241,9 @@ def _check_host(host: Any, action_head: Any) -> None:
         )
     if action_head is None or not getattr(host, "use_l1_regression", True):
         raise HostError("--energy.enabled True needs --use_l1_regression True: layer exits come from the action head")
-    if host.energy.negatives.retrieved.count or host.energy.rollouts.dataset:
-        raise HostError("--energy.negatives.retrieved and --energy.rollouts work in scripts/finetune_energy.py only")
+    negatives = host.energy.negatives
+    if negatives.retrieved.count or negatives.samples.count or host.energy.rollouts.dataset:
+        raise HostError(
+            "--energy.negatives.retrieved, --energy.negatives.samples and --energy.rollouts work in "
+            "scripts/finetune_energy.py only"
+        )
