@@ -255,7 +255,7 @@ NO_SHUFFLE = EnergyConfig(loss=LossConfig(margin=1.0, margin_sources=("shuffle",
     ("changes", "error", "text"),
     [
         ({"use_film": True}, FlagError, "use_film.*not built"),
-        ({"use_diffusion": True}, FlagError, "use_diffusion.*not built"),
+        ({"use_diffusion": True}, FlagError, "use_diffusion True needs --use_l1_regression False"),
         ({"use_l1_regression": False}, FlagError, "not built"),
         ({"precision": "fp8"}, FlagError, "bf16, fp32"),
         ({"max_steps": 0}, FlagError, "max_steps"),

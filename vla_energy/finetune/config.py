@@ -28,8 +28,13 @@ class FinetuneConfig:
         dataset_config: JSON or YAML file that describes a dataset we do not know.
         run_root_dir: runs are written below it.
         shuffle_buffer_size: frames.
-        use_l1_regression: continuous actions by L1, the only action head so far.
-        use_diffusion, num_diffusion_steps_train, use_film, diffusion_sample_freq: not built yet, refused when set.
+        use_l1_regression: continuous actions by L1; False needs `use_diffusion`.
+        use_diffusion: continuous actions by diffusion: the action head learns the noise in a chunk, chunks are samples.
+        num_diffusion_steps_train: T of its noise schedule; of a checkpoint's head, those that it was trained with.
+        num_diffusion_steps_inference: steps of a denoising in validation, rollouts, memories and preflight, stored with
+            the checkpoint; 0 takes the checkpoint's, else T. The host has this flag in its evaluation scripts.
+        diffusion_sample_freq: steps between two measurements of the sampled chunks' L1 while training.
+        use_film: not built yet, refused when set.
         num_images_in_input: 1 main camera, 2 with wrist.
         use_proprio: proprioception as an input.
         batch_size: per optimiser step and accumulation step.
@@ -68,6 +73,7 @@ class FinetuneConfig:
     use_l1_regression: bool = True
     use_diffusion: bool = False
     num_diffusion_steps_train: int = 50
+    num_diffusion_steps_inference: int = 0
     use_film: bool = False
     num_images_in_input: int = 1
     use_proprio: bool = False
@@ -113,11 +119,10 @@ class FinetuneConfig:
         Raises:
             FlagError: names the flag and what to do.
         """
-        unbuilt = {"use_diffusion": self.use_diffusion, "use_film": self.use_film}
-        for flag, value in unbuilt.items():
-            if value:
-                raise FlagError(f"--{flag} True is not built yet; leave it out")
-        if not self.use_l1_regression:
+        if self.use_film:
+            raise FlagError("--use_film True is not built yet; leave it out")
+        self._check_diffusion()
+        if not self.use_l1_regression and not self.use_diffusion:
             raise FlagError("--use_l1_regression False (discrete action tokens) is not built yet; leave it out")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise FlagError("training on several processes is not built yet; start one process, without torchrun")
@@ -138,6 +143,26 @@ class FinetuneConfig:
             raise FlagError("--energy.freeze_backbone True with --energy.enabled False leaves nothing to train")
         if self.resume_step is not None and not self.resume:
             raise FlagError("--resume_step needs --resume True")
+
+    def _check_diffusion(self) -> None:
+        samples, on = self.energy.negatives.samples, self.energy.enabled
+        if not self.use_diffusion:
+            counts = {"negatives.samples.count": samples.count, "candidates.samples": self.energy.candidates.samples}
+            for flag, value in counts.items():
+                if value and on:
+                    raise FlagError(f"--energy.{flag} {value} needs --use_diffusion True: an L1 head has one chunk")
+            return
+        if self.use_l1_regression:
+            raise FlagError("--use_diffusion True needs --use_l1_regression False: a policy has one action head")
+        for flag in ("num_diffusion_steps_train", "diffusion_sample_freq"):
+            if getattr(self, flag) < 1:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be 1 or more")
+        most = self.num_diffusion_steps_train
+        steps = {"num_diffusion_steps_inference": self.num_diffusion_steps_inference}
+        steps |= {"energy.negatives.samples.steps": samples.steps} if on else {}
+        for flag, value in steps.items():
+            if not 0 <= value <= most:
+                raise FlagError(f"--{flag} {value}: must be at most --num_diffusion_steps_train {most}")
 
     @property
     def run_dir(self) -> Path:

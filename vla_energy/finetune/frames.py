@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.diffusion import starting_noise
 from vla_energy.config import CandidatesConfig, EnergyConfig
 from vla_energy.crops import crop_chunks
 from vla_energy.data import DatasetError
@@ -34,6 +35,7 @@ class PolicyFrames:
         episodes: `(B,)` int64.
         instructions: B.
         crops: `(B,K,H,A)` the policy's chunks for K crops of the images, or None where none were asked for.
+        samples: `(B,K,H,A)` K more samples of a diffusion policy, or None where none were asked for.
     """
 
     context: Tensor
@@ -43,6 +45,7 @@ class PolicyFrames:
     episodes: Tensor
     instructions: list[str]
     crops: Tensor | None = None
+    samples: Tensor | None = None
 
     @property
     def policy(self) -> Tensor:
@@ -92,6 +95,10 @@ class FrameReader:
         stored = OpenVLAConfig.from_folder(folder)
         config.num_images_in_input = stored.num_images
         config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
+        config.use_diffusion = any(folder.glob("noisy_action_projector--*_checkpoint.pt"))
+        config.use_l1_regression = not config.use_diffusion
+        config.num_diffusion_steps_train = stored.num_diffusion_steps_train
+        config.energy.negatives.samples.steps = 1  # nothing is trained, and T may be small
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
         self.device = self._job.device
@@ -115,7 +122,9 @@ class FrameReader:
             max_frames: None is all.
             batch_size: B.
             candidates: with `crops`, the frames have the policy's chunks for so many crops, at places that depend on
-                the reader's seed and on the frame's place in the order; the policy then reads so many more rows.
+                the reader's seed and on the frame's place in the order; the policy then reads so many more rows. With
+                `samples`, a diffusion policy's frames have so many more samples. The policy's own sample depends on
+                seed and place, too.
 
         Raises:
             DatasetError: no such split.
@@ -125,21 +134,31 @@ class FrameReader:
         for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):
             if left <= 0:
                 return
-            crops = self._crops(raw, most - left, left, candidates) if candidates and candidates.crops else None
-            yield self._run(raw, left, crops)
+            generators = self._generators(most - left, len(raw["actions"]))
+            yield self._run(raw, left, generators, candidates or CandidatesConfig())
             left -= len(raw["actions"])
 
-    def _crops(self, raw: dict[str, Any], first: int, rows: int, candidates: CandidatesConfig) -> Tensor:
+    def _generators(self, first: int, rows: int) -> list[torch.Generator]:
+        seeds = (self._config.seed * _SEED_STRIDE + first + row for row in range(rows))
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def _crops(
+        self, raw: dict[str, Any], rows: int, generators: list[torch.Generator], candidates: CandidatesConfig
+    ) -> Tensor:
         images, texts, proprio = raw["images"][:rows], list(raw["instructions"])[:rows], raw.get("proprio")
-        seeds = (self._config.seed * _SEED_STRIDE + first + row for row in range(len(images)))
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        generators = generators[: len(images)]
         proprio = None if proprio is None else torch.tensor(proprio)[:rows]
         return crop_chunks(self.vla, images, texts, proprio, generators, candidates).float()
 
     @torch.no_grad()
-    def _run(self, raw: dict[str, Any], rows: int, crops: Tensor | None) -> PolicyFrames:
-        batch = self._job.to_batch(raw, crop=self._crop)
-        output = self.vla(batch)
+    def _run(
+        self, raw: dict[str, Any], rows: int, generators: list[torch.Generator], candidates: CandidatesConfig
+    ) -> PolicyFrames:
+        batch, noise = self._job.to_batch(raw, crop=self._crop), None
+        if self.vla.diffuses:
+            noise, generators = starting_noise(generators, candidates.samples, self.vla.horizon, self.vla.action_dim)
+        output = self.vla(batch, noise=noise)
+        crops = self._crops(raw, rows, generators, candidates) if candidates.crops else None
         assert output.layer_actions is not None
         length = int(output.context_mask.any(0).nonzero().max()) + 1
         return PolicyFrames(
@@ -150,4 +169,5 @@ class FrameReader:
             torch.tensor(raw["episode"], dtype=torch.int64)[:rows],
             list(raw["instructions"])[:rows],
             crops,
+            None if output.samples is None else output.samples[:rows],
         )

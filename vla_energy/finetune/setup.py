@@ -150,6 +150,7 @@ def prepare(config: FinetuneConfig) -> Job:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of a new action head and of LoRA
         vla = _load(config, folder, probe.action_dim, probe.proprio_dim)
+        _check_head(config, vla, folder)
         if vla.action_dim != probe.action_dim:
             raise FlagError(
                 f"{config.dataset_name} has {probe.action_dim}-dimensional actions, the action head of {folder} "
@@ -177,13 +178,16 @@ def policy_statistics(vla: LoadedVLA, dataset: str, name: str | None = None) -> 
 
 def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_dim: int | None) -> LoadedVLA:
     # A bare OpenVLA has no action head and gets a new one; of a checkpoint that was fine-tuned, none may be missing.
-    fine_tuned = any(folder.glob("*action_head*")) or "vla_energy" in OpenVLAConfig.from_folder(folder).raw
+    stored = OpenVLAConfig.from_folder(folder)
+    fine_tuned = any(folder.glob("*action_head*")) or "vla_energy" in stored.raw
     if fine_tuned and not config.new_action_head:
         action_dim = proprio_dim = None
     else:
         logger.warning("starting a new action head (and proprio projector): %s is taken without", folder)
     if not config.use_proprio and any(folder.glob("proprio_projector--*")):
         logger.warning("%s was trained with proprioception; --use_proprio True would use it", folder)
+    steps = config.num_diffusion_steps_train
+    known = stored.num_diffusion_steps_inference if stored.num_diffusion_steps_train == steps else steps
     try:
         return load_openvla(
             folder,
@@ -193,9 +197,29 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_
             action_dim=action_dim,
             proprio_dim=proprio_dim,
             new_head=config.new_action_head,
+            use_diffusion=config.use_diffusion,
+            diffusion_steps=(steps, config.num_diffusion_steps_inference or known),
         )
     except ComponentError as error:
         raise ComponentError(f"{error}; --new_action_head True starts both components anew") from error
+
+
+def _check_head(config: FinetuneConfig, vla: LoadedVLA, folder: Path) -> None:
+    """The action head is of the kind that the flags name, with the noise schedule that it was trained with."""
+    anew = "or --new_action_head True for a new one"
+    if vla.diffuses != config.use_diffusion:
+        kind = "a diffusion" if vla.diffuses else "an L1"
+        raise FlagError(
+            f"{folder} has {kind} action head: pass --use_diffusion {vla.diffuses} --use_l1_regression "
+            f"{not vla.diffuses}, {anew}"
+        )
+    trained = OpenVLAConfig.from_folder(folder).raw.get("vla_energy", {}).get("num_diffusion_steps_train")
+    asked = config.num_diffusion_steps_train
+    if vla.diffuses and not config.new_action_head and trained not in (None, asked):
+        raise FlagError(
+            f"--num_diffusion_steps_train {asked}: the action head of {folder} was trained with {trained}; pass that, "
+            f"{anew}"
+        )
 
 
 def _check_length(config: FinetuneConfig, vla: LoadedVLA) -> None:

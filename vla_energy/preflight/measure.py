@@ -119,7 +119,7 @@ def measure(advisor: Advisor, batches: Iterable[PolicyFrames], seed: int = 0) ->
 
     Args:
         advisor: its gates are not looked at.
-        batches: frames of the policy; crops that they have are candidates.
+        batches: frames of the policy; crops and samples that they have are candidates.
         seed: of the candidates' noise.
 
     Raises:
@@ -136,7 +136,8 @@ def measure(advisor: Advisor, batches: Iterable[PolicyFrames], seed: int = 0) ->
         # The same sum as for a proposal, or the policy's own chunk, proposed, would differ from it by rounding.
         policy_error = _l1(frames.policy, frames.expert)
         frame = Frame(frames.context, frames.context_mask, frames.policy, frames.layer_actions)
-        others = {} if frames.crops is None else {"crop": Source(frames.crops)}
+        others = {"crop": frames.crops, "sample": frames.samples}
+        others = {name: Source(chunks) for name, chunks in others.items() if chunks is not None}
         for mode, part in parts.items():
             generators = [torch.Generator().manual_seed(seed + 1000 * index + row) for row in range(len(policy_error))]
             started = time.perf_counter()
