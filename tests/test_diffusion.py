@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vla_energy.config import EnergyConfig, RolloutsConfig
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.diffusion import noise_loss, observe
-from vla_energy.finetune.frames import FrameReader
+from vla_energy.finetune.frames import FrameReader, PolicyFrames
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.trainer import Trainer
 from vla_energy.rollout.interface import Request
@@ -223,6 +224,9 @@ def test_the_policys_chunk_does_not_move_with_the_number_of_samples(vla: LoadedV
     assert alone.samples is None and torch.equal(alone.layer_actions, alone.actions[:, None])  # type: ignore[arg-type]
     for count in (2, 6):
         assert torch.equal(vla.predict(batch, "off", noise[:, :count]).actions, alone.actions)
+    passes = _embeddings(vla, lambda: vla(batch, noise=noise))
+    # Of another number of rows it would be equal here too, by luck: kernels may depend on it.
+    assert [len(rows) for rows in passes] == [3, *[3] * 3, *[15] * 3], "context, the policy's denoising, the others'"
     torch.manual_seed(5)
     drawn = vla.predict(batch, "off").actions
     torch.manual_seed(5)
@@ -564,6 +568,19 @@ def test_the_doctor_examines_a_diffusion_head(trained: Path) -> None:
     assert set(found.values()) == {"ok"}
     batch = _batch(policy.vla, 2)
     assert torch.equal(policy.sibling(trained)(batch), policy(batch))
+
+
+def test_best_of_n_by_hand() -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from samples import best_of  # pyright: ignore[reportMissingImports]
+
+    nothing, expert = torch.zeros(2), torch.zeros(2, H, A)
+    policy = torch.tensor([0.4, 0.2])[:, None, None].expand(2, H, A)
+    others = torch.tensor([[0.3, -0.1], [0.5, 0.6]])[:, :, None, None].expand(2, 2, H, A)
+    frames = PolicyFrames(nothing, nothing, expert, policy[:, None], nothing, [], samples=others)
+    table = best_of([frames])
+    expected = {"1": 0.3, "2": 0.25, "3": 0.15, "mean": (0.2 + 1.3 / 3) / 2, "spread": (0.1 + 0.5 + 0.3 + 0.4) / 4}
+    assert table == pytest.approx(expected)
 
 
 def test_a_head_for_samples_beside_an_l1_policy_is_refused(trained: Path, tiny_folder: Path, tmp_path: Path) -> None:
