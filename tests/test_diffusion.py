@@ -407,7 +407,9 @@ def test_it_learns(diffusion_folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_energy_head_sees_samples_and_no_expert(diffusion_folder: Path, tmp_path: Path) -> None:
-    trainer = Trainer(_config(diffusion_folder, tmp_path, energy=_energy(freeze_backbone=True)))
+    energy = _energy(freeze_backbone=True)
+    energy.negatives.samples.steps = 4  # not the policy's own number
+    trainer = Trainer(_config(diffusion_folder, tmp_path, energy=energy))
     job, batch = trainer.job, trainer.job.to_batch(next(trainer.job.train.batches(3)))
     job.vla.train()
     seen = observe(job, batch, trainer.config, _generator(0), 2, steps=4)
@@ -422,10 +424,14 @@ def test_the_energy_head_sees_samples_and_no_expert(diffusion_folder: Path, tmp_
     objective = trainer.objective
     trainer.objective = lambda *args: given.append(args) or objective(*args)  # type: ignore[assignment, misc]
     metrics: dict[str, Any] = {}
+    copy = torch.Generator()
+    copy.set_state(trainer.generator.get_state())
+    drawn = observe(job, batch, trainer.config, copy, 2, steps=4)
     trainer._backward_energy(trainer._forward_policy(batch, metrics), batch, [0, 1, 2], metrics)
     ((context, _, expert, layers, *_, samples),) = given
     assert torch.equal(context, seen.context) and torch.equal(expert, batch["actions"])
-    assert layers.shape == (3, 1, H, A) and samples.shape == (3, 2, H, A)
+    assert drawn.samples is not None
+    assert torch.equal(layers, drawn.actions[:, None]) and torch.equal(samples, drawn.samples)
     assert "train/noise_mse" not in metrics and metrics["energy/win_rate/samples"] >= 0
 
 
@@ -591,3 +597,9 @@ def test_a_head_for_samples_beside_an_l1_policy_is_refused(trained: Path, tiny_f
     save_head(tmp_path, head.head, 1, statistics)
     with pytest.raises(ValueError, match="candidates.samples=3.*L1"):
         load_policy(str(tmp_path))
+    with pytest.raises(ValueError, match="candidates.samples=3: the action head is an L1 head"):
+        next(
+            FrameReader(str(tiny_folder), "embedded", "metaworld_demo").read(
+                "val", 1, candidates=head.config.candidates
+            )
+        )
