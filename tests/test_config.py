@@ -88,6 +88,7 @@ def test_draccus_reads_nested_flags() -> None:
         (lambda: CandidatesConfig(samples=-1), "candidates.samples=-1: expected an integer, 0 or more"),
         (lambda: CandidatesConfig(sample_temperature=0.0), "candidates.sample_temperature=0.0"),
         (lambda: SamplesConfig(count=-1), "negatives.samples.count=-1: expected an integer, 0 or more"),
+        (lambda: SamplesConfig(steps=0), "negatives.samples.steps=0: expected an integer, 1 or more"),
         (lambda: CandidatesConfig(crops=-1), "candidates.crops=-1: expected an integer, 0 or more"),
         (lambda: CandidatesConfig(crop_scale=0.0), "candidates.crop_scale=0.0: expected 0 < crop_scale <= 1"),
         (lambda: CandidatesConfig(crop_scale=1.1), "candidates.crop_scale=1.1"),

@@ -254,7 +254,7 @@ NO_SHUFFLE = EnergyConfig(loss=LossConfig(margin=1.0, margin_sources=("shuffle",
 @pytest.mark.parametrize(
     ("changes", "error", "text"),
     [
-        ({"use_diffusion": True}, FlagError, "use_diffusion.*not built"),
+        ({"use_diffusion": True}, FlagError, "use_diffusion True needs --use_l1_regression False"),
         ({"precision": "fp8"}, FlagError, "bf16, fp32"),
         ({"max_steps": 0}, FlagError, "max_steps"),
         ({"horizon": -1}, FlagError, "horizon"),

@@ -82,8 +82,8 @@ def test_the_second_stream_is_read_as_the_first_and_matches_instructions(
     stream = trainer._start_rollouts()
     assert stream is not None and resumed is not None
     instructions = next(trainer.job.train.batches(4))["instructions"]
-    seen = [stream.next(instructions) for _ in range(4)]
-    again = resumed.next(instructions)
+    seen = [stream.next(instructions, torch.Generator()) for _ in range(4)]
+    again = resumed.next(instructions, torch.Generator())
     for name, value in vars(again).items():
         assert torch.equal(value, getattr(seen[3], name))
     raw = next(trainer.rollouts.batches(8))

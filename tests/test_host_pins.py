@@ -27,6 +27,8 @@ NOT_CORE = {
     "test_crops.py": "the native backbone",
     "test_data.py": "RLDS: the `data` extra",
     "test_demo.py": "the native backbone, RLDS",
+    "test_diffusion.py": "the native backbone, RLDS",
+    "test_diffusion_host.py": "the native backbone beside the host's",
     "test_doctor.py": "the native backbone beside the host's",
     "test_doctor_host.py": "openvla-oft itself, which is no part of the repository",
     "test_film.py": "the native backbone, RLDS",

@@ -394,7 +394,7 @@ def test_chunks_of_others_are_needed_and_enough_of_them() -> None:
     with pytest.raises(ValueError, match="K >= 2"):
         build(config, expert, layer_actions, retrieved=lent(expert, 1))
     config = only("samples")
-    with pytest.raises(ValueError, match="negatives.samples is on.*--use_l1_regression False"):
+    with pytest.raises(ValueError, match="negatives.samples is on.*--use_diffusion True or --use_l1_regression False"):
         build(config, expert, layer_actions)
     with pytest.raises(ValueError, match="samples .*K >= 2"):
         build(config, expert, layer_actions, samples=lent(expert, 1))

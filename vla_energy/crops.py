@@ -49,7 +49,7 @@ def crop_chunks(
         images: `(B, cameras, h, w, 3)` uint8, whole: a crop stands in the place of the centre crop.
         instructions: B.
         proprio: `(B,P)` normalised, or None for a policy without.
-        generators: B, of each row's places, so that they do not depend on its batch.
+        generators: B, of each row's places and of a diffusion policy's samples, whatever its batch.
         config: uses `crops`, 1 or more, and `crop_scale`.
 
     Raises:
@@ -65,5 +65,9 @@ def crop_chunks(
     texts = [text for text in instructions for _ in range(count)]
     batch = vla.processor.batch(np.concatenate(views), texts, proprio=repeated)
     device = next(vla.parameters()).device
-    actions = vla.predict({key: value.to(device) for key, value in batch.items()}, "off").actions
+    noise = None
+    if vla.diffuses:  # a sample for each crop
+        shape = (count, 1, vla.horizon, vla.action_dim)
+        noise = torch.cat([torch.randn(shape, generator=own) for own in generators])
+    actions = vla.predict({key: value.to(device) for key, value in batch.items()}, "off", noise).actions
     return actions.unflatten(0, (len(images), count))

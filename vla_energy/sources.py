@@ -120,9 +120,8 @@ def build_negatives(
             batch, "retrieved", retrieved, "a chunk memory of the training set (vla-energy memory)"
         )
     if config.samples.count:
-        drawn["samples"] = _given(
-            batch, "samples", samples, "a policy that chunks are drawn from (--use_l1_regression False)"
-        )
+        needed = "a policy that chunks are drawn from (--use_diffusion True or --use_l1_regression False)"
+        drawn["samples"] = _given(batch, "samples", samples, needed)
     return _stack(batch, drawn, filled)
 
 

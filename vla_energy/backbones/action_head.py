@@ -14,7 +14,9 @@ class _ResidualBlock(nn.Module):
         return x + self.ffn(x)
 
 
-class _ResidualMLP(nn.Module):
+class ResidualMLP(nn.Module):
+    """The host's MLP of both continuous action heads: `(..., input_dim)` -> `(..., output_dim)`."""
+
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_blocks: int = 2) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(input_dim)
@@ -25,6 +27,7 @@ class _ResidualMLP(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, output_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`(..., input_dim)` -> `(..., output_dim)`."""
         x = self.relu(self.fc1(self.layer_norm1(x)))
         for block in self.mlp_resnet_blocks:
             x = block(x)
@@ -43,7 +46,7 @@ class L1ActionHead(nn.Module):
     def __init__(self, state_dim: int, hidden_dim: int, action_dim: int) -> None:
         super().__init__()
         self.action_dim = action_dim
-        self.model = _ResidualMLP(state_dim * action_dim, hidden_dim, action_dim)
+        self.model = ResidualMLP(state_dim * action_dim, hidden_dim, action_dim)
 
     def forward(self, states: Tensor) -> Tensor:
         """`(..., H*A, D)` -> normalised actions `(..., H, A)`."""

@@ -9,10 +9,13 @@ from typing import Any
 
 DEFAULT_HORIZON = 8
 """Chunk length of a checkpoint whose config does not say: the host's LIBERO constant."""
+DEFAULT_DIFFUSION_STEPS = 50
+"""Steps of a diffusion head of which config.json does not tell: the host's default."""
 LLAMA_EMPTY_TOKEN = 29871
 """Llama-2's token for the blank after "Out:"."""
 
 _OWN_KEY = "vla_energy"  # our section in config.json; the host ignores keys it does not know
+_DIFFUSION_KEYS = ("num_diffusion_steps_train", "num_diffusion_steps_inference")
 
 
 class CheckpointFolderError(ValueError):
@@ -53,6 +56,7 @@ class OpenVLAConfig:
         num_images: images an observation had in training.
         center_crop: whether the policy expects centre-cropped images.
         discrete_action_dim: A of a policy that was trained with discrete action tokens here; else None.
+        num_diffusion_steps_train, num_diffusion_steps_inference: of a diffusion head, see `NoiseSchedule`.
         raw: the whole JSON object, so that saving loses no key.
     """
 
@@ -68,6 +72,8 @@ class OpenVLAConfig:
     num_images: int
     center_crop: bool
     discrete_action_dim: int | None
+    num_diffusion_steps_train: int
+    num_diffusion_steps_inference: int
     raw: dict[str, Any]
 
     @property
@@ -98,6 +104,7 @@ class OpenVLAConfig:
             raise CheckpointFolderError(f"{where}: {len(ids)} timm_model_ids but {len(pairs)} image_sizes")
         text.setdefault("vocab_size", 32064)
         own = data.get(_OWN_KEY, {})
+        steps = int(own.get("num_diffusion_steps_train", DEFAULT_DIFFUSION_STEPS))
         return cls(
             timm_model_ids=ids,
             image_sizes=pairs[: len(ids)],
@@ -111,6 +118,8 @@ class OpenVLAConfig:
             num_images=int(own.get("num_images", 1)),
             center_crop=bool(own.get("center_crop", False)),
             discrete_action_dim=int(own["discrete_action_dim"]) if "discrete_action_dim" in own else None,
+            num_diffusion_steps_train=steps,
+            num_diffusion_steps_inference=int(own.get("num_diffusion_steps_inference", steps)),
             raw=data,
         )
 
@@ -120,10 +129,23 @@ class OpenVLAConfig:
         return cls.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
 
     def to_dict(
-        self, horizon: int, num_images: int, center_crop: bool, discrete_action_dim: int | None = None
+        self,
+        horizon: int,
+        num_images: int,
+        center_crop: bool,
+        *,
+        discrete_action_dim: int | None = None,
+        diffusion: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
-        """The JSON object to save: what was read, plus what the policy was trained with in our own section."""
+        """The JSON object to save: what was read, plus what the policy was trained with in our own section.
+
+        Args:
+            discrete_action_dim: A of a policy with discrete action tokens.
+            diffusion: steps of training and of inference, for a policy with a diffusion head.
+        """
+        kinds = (*_DIFFUSION_KEYS, "discrete_action_dim")
+        read = {key: value for key, value in self.raw.get(_OWN_KEY, {}).items() if key not in kinds}
         own = {"horizon": horizon, "num_images": num_images, "center_crop": center_crop}
         own |= {} if discrete_action_dim is None else {"discrete_action_dim": discrete_action_dim}
-        read = {key: value for key, value in self.raw.get(_OWN_KEY, {}).items() if key != "discrete_action_dim"}
+        own |= dict(zip(_DIFFUSION_KEYS, diffusion, strict=True)) if diffusion else {}
         return {**self.raw, _OWN_KEY: {**read, **own}}

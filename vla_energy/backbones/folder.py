@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ _PROCESSOR_FILES = (
     "generation_config.json",
 )
 _DDP_PREFIX = "module."
+_L1_PREFIX, _DIFFUSION_PREFIX = "model.", "noise_predictor.mlp_resnet."
 
 
 class LoadedVLA(OpenVLA):
@@ -63,13 +65,16 @@ def load_openvla(
     new_head: bool = False,
     use_film: bool | None = None,
     discrete: bool | None = None,
+    use_diffusion: bool | None = None,
+    diffusion_steps: tuple[int, int] | None = None,
 ) -> LoadedVLA:
     """Loads an OpenVLA or OpenVLA-OFT checkpoint folder, ours or the host's, in eval mode on the CPU.
 
     Args:
         folder: `config.json`, safetensors, tokenizer, and (after fine-tuning) `dataset_statistics.json`,
-            one `action_head--*_checkpoint.pt`, one `proprio_projector--*_checkpoint.pt`, and with FiLM one
-            `vision_backbone--*_checkpoint.pt`, which is then what the vision towers' weights are taken from.
+            one `action_head--*_checkpoint.pt` (L1 or diffusion, by its weights), one
+            `proprio_projector--*_checkpoint.pt`, with a diffusion head one `noisy_action_projector--*_checkpoint.pt`,
+            and with FiLM one `vision_backbone--*_checkpoint.pt`, from which the vision towers' weights are then taken.
         dtype: of all weights.
         num_images: images an observation has.
         use_proprio: whether the policy reads proprioception.
@@ -81,6 +86,8 @@ def load_openvla(
             with FiLM.
         discrete: actions are tokens, and an action head in the folder is left out; None is what the folder says, if it
             was trained here. A is the folder's own, `action_dim`, or that of its statistics.
+        use_diffusion: a *new* action head is a diffusion head.
+        diffusion_steps: of training and of inference, default what `config.json` says, else 50 and 50.
 
     Raises:
         CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
@@ -97,20 +104,27 @@ def load_openvla(
         discrete = config.discrete_action_dim is not None
     if discrete:
         action_dim = _discrete_action_dim(config, action_dim, statistics, folder)
+    if diffusion_steps is not None:
+        train, inference = diffusion_steps
+        config = replace(config, num_diffusion_steps_train=train, num_diffusion_steps_inference=inference)
     head = None if new_head or discrete else _component(folder, "action_head", required=action_dim is None)
     projector = None
     if use_proprio and not new_head:
         projector = _component(folder, "proprio_projector", required=proprio_dim is None)
+    diffusion = bool(use_diffusion) if head is None else is_diffusion(head)
+    prefix = _DIFFUSION_PREFIX if diffusion else _L1_PREFIX
+    noisy = _component(folder, "noisy_action_projector", required=True) if head and diffusion else None
     film = _film(folder, use_film)
     vla = LoadedVLA(
         config,
-        action_dim=_head_action_dim(head, config, folder) if head else int(action_dim or 0),
-        head_hidden_dim=len(head["model.fc1.bias"]) if head else None,
+        action_dim=_head_action_dim(head, prefix, config, folder) if head else int(action_dim or 0),
+        head_hidden_dim=len(head[f"{prefix}fc1.bias"]) if head else None,
         proprio_dim=projector["fc1.weight"].shape[1] if projector else proprio_dim if use_proprio else None,
         num_images=num_images,
         horizon=horizon,
         use_film=film is not None,
         discrete=discrete,
+        diffusion=diffusion,
     )
     weights = _to_timm(read_weights(folder))
     if film:
@@ -120,6 +134,9 @@ def load_openvla(
     _load(vla.backbone, weights, str(folder))
     if head:
         _load(vla.action_head, head, f"{folder}: action_head")
+    if noisy:
+        assert vla.noisy_action_projector is not None
+        _load(vla.noisy_action_projector, noisy, f"{folder}: noisy_action_projector")
     if projector:
         assert vla.proprio_projector is not None
         _load(vla.proprio_projector, projector, f"{folder}: proprio_projector")
@@ -167,7 +184,11 @@ def save_openvla(
             shutil.copyfile(source / name, folder / name)
     components: dict[str, dict[str, Tensor] | None] = {
         name: None if module is None else {_DDP_PREFIX + key: value for key, value in module.state_dict().items()}
-        for name, module in {"action_head": vla.action_head, "proprio_projector": vla.proprio_projector}.items()
+        for name, module in {
+            "action_head": vla.action_head,
+            "proprio_projector": vla.proprio_projector,
+            "noisy_action_projector": vla.noisy_action_projector,
+        }.items()
     }
     components[COMPONENT] = to_host(vla.backbone, dtype) if vla.use_film else None  # the host's has no DDP prefix
     for name, tensors in components.items():
@@ -178,7 +199,10 @@ def save_openvla(
             torch.save(saved, folder / f"{name}--{step}_checkpoint.pt")
     discrete = vla.action_dim if vla.discrete else None
     entries = {name: entry.to_dict() for name, entry in statistics.items()}
-    config = {**vla.config.to_dict(vla.horizon, vla.num_images, center_crop, discrete), "norm_stats": entries}
+    head = vla.action_head
+    steps = (head.schedule.num_train, head.num_steps_inference) if vla.diffuses else None
+    own = vla.config.to_dict(vla.horizon, vla.num_images, center_crop, discrete_action_dim=discrete, diffusion=steps)
+    config = {**own, "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
     return folder
@@ -222,12 +246,19 @@ def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] 
     return {key.removeprefix(_DDP_PREFIX): value for key, value in state.items()}
 
 
-def _head_action_dim(head: dict[str, Tensor], config: OpenVLAConfig, folder: Path) -> int:
+def is_diffusion(head: Mapping[str, Tensor]) -> bool:
+    """Whether an action head's weights are a diffusion head's."""
+    return any(key.startswith(_DIFFUSION_PREFIX) for key in head)
+
+
+def _head_action_dim(head: dict[str, Tensor], prefix: str, config: OpenVLAConfig, folder: Path) -> int:
     try:
-        action_dim = len(head["model.fc2.bias"])
-        width = len(head["model.layer_norm1.bias"])
+        action_dim = len(head[f"{prefix}fc2.bias"])
+        width = len(head[f"{prefix}layer_norm1.bias"])
     except KeyError as error:
-        raise CheckpointFolderError(f"{folder}: the action head is no L1 head, it lacks {error}") from error
+        raise CheckpointFolderError(
+            f"{folder}: the action head is neither an L1 nor a diffusion head, it lacks {error}"
+        ) from error
     expected = int(config.text.get("hidden_size", 4096)) * action_dim
     if width != expected:
         raise CheckpointFolderError(f"{folder}: the action head reads {width} features, the model gives {expected}")

@@ -3,6 +3,10 @@
 Sequence: BOS, vision patches of every image, proprio token if any, prompt, H*A action placeholders whose
 embeddings are zero, stop token, right padding. Facts about the host: docs and `design` of openvla-oft at
 commit 213c5ff8; equality is measured against stored outputs of the real code in `tests/test_goldens.py`.
+
+With a diffusion head this very sequence gives the context, and another one the predicted noise: a time-step token
+stands behind the proprio token, and the placeholders hold the noised chunk. That chunk is made of the expert's in
+training, so no state of that pass may reach an energy head.
 """
 
 from __future__ import annotations
@@ -19,6 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from vla_energy.backbones.action_head import L1ActionHead, ProprioProjector
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.denoising import sample
+from vla_energy.backbones.diffusion import DiffusionActionHead, NoisyActionProjector
 from vla_energy.backbones.film import average_language
 from vla_energy.backbones.tokens import decode
 from vla_energy.backbones.vision import Projector, VisionBackbone
@@ -39,9 +45,10 @@ class VLAOutput:
         context_mask: `(B, S)` bool, True for BOS, patches, proprio and prompt: what an energy head may see.
         actions: `(B, H, A)`, the policy's chunk.
         layer_actions: `(B, L, H, A)`, L = layers+1, chunks decoded from every layer, the policy's last; None if off.
-            Discrete tokens have no layer exits: L = 1, the policy's alone.
+            Discrete tokens and a diffusion head have no layer exits: L = 1, the policy's alone.
         projector_features: `(B, patches, D)`, the proprio token last if there is one.
         token_logits: of discrete tokens, `(B, H*A + 1, V)` float32, the stop token's last; else None.
+        samples: `(B, K, H, A)`, K more samples of a diffusion head; None without.
     """
 
     hidden_states: tuple[Tensor, ...]
@@ -51,6 +58,7 @@ class VLAOutput:
     layer_actions: Tensor | None
     projector_features: Tensor
     token_logits: Tensor | None = None
+    samples: Tensor | None = None
 
 
 class OpenVLABackbone(nn.Module):
@@ -66,7 +74,14 @@ class OpenVLABackbone(nn.Module):
         self.language_model = LlamaForCausalLM(llama)
 
     def forward(
-        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor, extra: Tensor | None
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        action_mask: Tensor,
+        extra: Tensor | None,
+        features: Tensor | None = None,
+        noisy: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """All hidden states, and the features put between BOS and the prompt.
 
@@ -74,19 +89,26 @@ class OpenVLABackbone(nn.Module):
             pixel_values: `(B, channels * images, height, width)`.
             input_ids, attention_mask: `(B, T)`.
             action_mask: `(B, T)` bool, True at action placeholders, whose embeddings are zeroed.
-            extra: `(B, 1, D)` proprio token or None.
+            extra: `(B, E, D)` tokens behind the patches, proprio and time step, or None.
+            features: `(B, patches, D)` of an earlier pass, in place of the images, which are then not read.
+            noisy: `(B, H*A, D)` embeddings of a noised chunk, in place of the placeholders' zeros.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
-        vision: tuple[Tensor, ...] = (pixel_values,)
-        if self.vision_backbone.film is not None:
-            vision += (average_language(embeddings, attention_mask.bool() & ~action_mask),)
-        features = self.projector(self.vision_backbone(*vision))
+        if features is None:
+            vision: tuple[Tensor, ...] = (pixel_values,)
+            if self.vision_backbone.film is not None:
+                vision += (average_language(embeddings, attention_mask.bool() & ~action_mask),)
+            inputs: Tensor = self.projector(self.vision_backbone(*vision))
+        else:
+            inputs = features
         if extra is not None:
-            features = torch.cat([features, extra.to(features.dtype)], dim=1)
+            inputs = torch.cat([inputs, extra.to(inputs.dtype)], dim=1)
         embeddings = embeddings.masked_fill(action_mask[..., None], 0.0)
-        sequence = torch.cat([embeddings[:, :1], features.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
+        if noisy is not None:
+            embeddings = embeddings.masked_scatter(action_mask[..., None], noisy.to(embeddings.dtype))
+        sequence = torch.cat([embeddings[:, :1], inputs.to(embeddings.dtype), embeddings[:, 1:]], dim=1)
         visible = attention_mask.bool()
-        inserted = visible.new_ones(features.shape[:2])
+        inserted = visible.new_ones(inputs.shape[:2])
         valid = torch.cat([visible[:, :1], inserted, visible[:, 1:]], dim=1)
         hidden = self.language_model.model(
             inputs_embeds=sequence,
@@ -94,7 +116,7 @@ class OpenVLABackbone(nn.Module):
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
-        return hidden, features
+        return hidden, inputs
 
 
 def bidirectional_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
@@ -113,7 +135,7 @@ def bidirectional_mask(valid: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class OpenVLA(nn.Module):
-    """The policy: backbone, L1 action head (none with discrete tokens) and (optional) proprio projector.
+    """The policy: backbone, action head (L1, diffusion, none with discrete tokens) and (optional) proprio projector.
 
     Args:
         config: of the checkpoint.
@@ -124,6 +146,7 @@ class OpenVLA(nn.Module):
         horizon: H, default the config's.
         use_film: the instruction modulates the vision blocks (FiLM).
         discrete: actions are tokens of the language model; there is no action head.
+        diffusion: the action head is a diffusion head, with the steps that the config names.
     """
 
     def __init__(
@@ -136,6 +159,7 @@ class OpenVLA(nn.Module):
         horizon: int | None = None,
         use_film: bool = False,
         discrete: bool = False,
+        diffusion: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -146,7 +170,12 @@ class OpenVLA(nn.Module):
         width = self.backbone.language_model.config.hidden_size
         self.context_dim = int(width)
         self.num_layers = int(self.backbone.language_model.config.num_hidden_layers)
-        self.action_head: Any = None if discrete else L1ActionHead(width, head_hidden_dim or width, action_dim)
+        self.action_head: Any = None
+        if not discrete:
+            sizes = (width, head_hidden_dim or width, action_dim)
+            steps = (config.num_diffusion_steps_train, config.num_diffusion_steps_inference)
+            self.action_head = DiffusionActionHead(*sizes, *steps) if diffusion else L1ActionHead(*sizes)
+        self.noisy_action_projector = NoisyActionProjector(width) if diffusion else None
         self.proprio_projector = None if proprio_dim is None else ProprioProjector(proprio_dim, width)
 
     @property
@@ -160,12 +189,28 @@ class OpenVLA(nn.Module):
         return self.action_head is None
 
     @property
+    def diffuses(self) -> bool:
+        """Whether the action head is a diffusion head, so that chunks are samples."""
+        return self.noisy_action_projector is not None
+
+    @property
+    def num_exits(self) -> int:
+        """L of `VLAOutput.layer_actions`."""
+        return 1 if self.discrete or self.diffuses else self.num_layers + 1
+
+    @property
     def channels(self) -> int:
         """Channels of `pixel_values` for one image."""
         return 3 * len(self.config.timm_model_ids)
 
-    def forward(self, batch: Mapping[str, Any], layer_exits: LayerExits = "raw") -> VLAOutput:
-        """One pass over prompts that end in action placeholders.
+    def forward(
+        self,
+        batch: Mapping[str, Any],
+        layer_exits: LayerExits = "raw",
+        noise: Tensor | None = None,
+        steps: int | None = None,
+    ) -> VLAOutput:
+        """One pass over prompts that end in action placeholders; with a diffusion head then the denoising.
 
         Args:
             batch: the host's keys: `pixel_values (B,C,h,w)`, `input_ids (B,T)`, `attention_mask (B,T)`,
@@ -173,34 +218,35 @@ class OpenVLA(nn.Module):
                 uses it. `actions` is not read.
             layer_exits: "raw" applies the action head to the inner states as they are, "normed" after the
                 final norm, "off" leaves `layer_actions` None. Exits carry no gradient, the policy's chunk does.
+            noise: of a diffusion head, `(B, 1+K, H, A)` to start from, the policy's own first; its chunks carry no
+                gradient. None is drawn from torch's global state, for the policy's chunk alone, as the host does.
+            steps: of the denoising, default the action head's.
 
         Raises:
             ValueError: a key is missing, images or proprio do not fit the policy, padding is not on the right,
-                or a row's number of action tokens is not a multiple of A or differs from the other rows'.
+                a row's number of action tokens is not a multiple of A or differs from the other rows', or noise is
+                given for an L1 head or does not fit.
         """
-        self._check(batch)
-        labels = batch["labels"]
-        action_mask = labels > self.config.action_token_begin
-        dtype = self.backbone.projector.fc1.weight.dtype
-        extra = None
-        if self.proprio_projector is not None:
-            extra = self.proprio_projector(batch["proprio"].to(self.proprio_projector.fc1.weight.dtype))[:, None]
-        with self._attention_kernel(batch["input_ids"].device):
-            hidden, features = self.backbone(
-                batch["pixel_values"].to(dtype), batch["input_ids"], batch["attention_mask"], action_mask, extra
+        self.check(batch)
+        hidden, features, rows, positions = self.encode(batch, self.proprio_token(batch))
+        token_logits, layer_actions, samples = None, None, None
+        if noise is not None and not self.diffuses:
+            raise ValueError(
+                "noise is given, but the policy has no diffusion head: it has one chunk for an observation"
             )
-        rows, positions = _action_positions(action_mask, features.shape[1], self.action_dim)
-        token_logits, layer_actions = None, None
-        if self.discrete:
+        if self.diffuses:
+            actions, samples = sample(self, batch, features, noise, steps)
+        elif self.discrete:
             # The state at the last action token predicts the stop token.
             states = hidden[-1][rows, torch.cat([positions, positions[:, -1:] + 1], dim=1)]
             token_logits = self.backbone.language_model.lm_head(states).float()
             actions = decode(token_logits[:, :-1].argmax(-1), self.action_dim, self.config)
-            layer_actions = None if layer_exits == "off" else actions[:, None]
         else:
             head_dtype = self.action_head.model.fc1.weight.dtype
             actions = self.action_head(hidden[-1][rows, positions].to(head_dtype))
-        if layer_exits != "off" and not self.discrete:
+        if layer_exits != "off" and (self.diffuses or self.discrete):
+            layer_actions = actions[:, None]
+        elif layer_exits != "off":
             inner = self._inner_exits(hidden[:-1], rows, positions, normed=layer_exits == "normed")
             layer_actions = torch.cat([inner.to(actions.dtype), actions[:, None]], dim=1)
         return VLAOutput(
@@ -212,7 +258,38 @@ class OpenVLA(nn.Module):
             layer_actions=layer_actions,
             projector_features=features,
             token_logits=token_logits,
+            samples=samples,
         )
+
+    def encode(
+        self,
+        batch: Mapping[str, Any],
+        extra: Tensor | None,
+        features: Tensor | None = None,
+        noisy: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]:
+        """All hidden states, the features before the prompt, and where the states of the action tokens sit.
+
+        Args:
+            batch: as in `forward`, checked.
+            extra, features, noisy: see `OpenVLABackbone.forward`.
+
+        Returns:
+            layers+1 tensors `(B,S,D)`, `(B,F,D)`, row indices `(B,1)` and positions `(B,H*A)`.
+        """
+        action_mask = batch["labels"] > self.config.action_token_begin
+        pixels = batch["pixel_values"].to(self.backbone.projector.fc1.weight.dtype)
+        with self._attention_kernel(batch["input_ids"].device):
+            hidden, found = self.backbone(
+                pixels, batch["input_ids"], batch["attention_mask"], action_mask, extra, features, noisy
+            )
+        return hidden, found, *_action_positions(action_mask, found.shape[1], self.action_dim)
+
+    def proprio_token(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """`(B, 1, D)`, None for a policy without proprioception."""
+        if self.proprio_projector is None:
+            return None
+        return self.proprio_projector(batch["proprio"].to(self.proprio_projector.fc1.weight.dtype))[:, None]
 
     def _attention_kernel(self, device: torch.device) -> AbstractContextManager[object]:
         """At inference on a CPU the plain kernel: half the rounding error of the blocked one, for 3 ms of 19."""
@@ -228,14 +305,20 @@ class OpenVLA(nn.Module):
         return self.action_head(states.to(self.action_head.model.fc1.weight.dtype))
 
     @torch.no_grad()
-    def predict(self, batch: Mapping[str, Any], layer_exits: LayerExits = "raw") -> VLAOutput:
+    def predict(
+        self,
+        batch: Mapping[str, Any],
+        layer_exits: LayerExits = "raw",
+        noise: Tensor | None = None,
+        steps: int | None = None,
+    ) -> VLAOutput:
         """The policy's chunks for a batch of prompts, dropout off.
 
         Args:
             batch: `pixel_values`, `input_ids`, `attention_mask` of prompts, and `proprio` if the policy uses it. With
                 `labels`, as in training, the prompt ends where they have the first action token. A prompt that does
                 not end in the empty token gets it, as in the host: the policy was trained with it.
-            layer_exits: as in `forward`.
+            layer_exits, noise, steps: as in `forward`.
         """
         prompts = _end_in(
             _without_actions(batch, self.config.action_token_begin),
@@ -249,11 +332,12 @@ class OpenVLA(nn.Module):
         training = self.training
         self.eval()
         try:
-            return self(full, layer_exits)
+            return self(full, layer_exits, noise, steps)
         finally:
             self.train(training)
 
-    def _check(self, batch: Mapping[str, Any]) -> None:
+    def check(self, batch: Mapping[str, Any]) -> None:
+        """Raises the ValueErrors of `forward` for a batch that lacks something or does not fit."""
         wanted = ["pixel_values", "input_ids", "attention_mask", "labels"]
         wanted += ["proprio"] if self.proprio_projector is not None else []
         missing = [key for key in wanted if batch.get(key) is None]

@@ -108,10 +108,11 @@ class CandidatesConfig:
             more rows. In rollouts and preflight; the margin that fine-tuning calibrates does not know them.
         crop_scale: side of such a crop relative to the image, to whose size it is brought back. It takes the place of
             the centre crop; a policy trained on crops knows a side of 0.95.
-        samples: so many chunks drawn from a discrete-token policy's distributions, all of the one forward pass. The
-            policy's own chunk, of the likeliest tokens, comes first, so that reranking is best of 1 + `samples`.
-        sample_temperature: divides the logits before drawing; smaller stays nearer to the likeliest tokens. Also of
-            `negatives.samples`.
+        samples: so many more chunks of a policy that chunks are drawn from: a diffusion head's samples, of one encoding
+            of the images, or draws from discrete tokens' distributions, all of the one forward pass. The policy's own
+            chunk, the first sample or that of the likeliest tokens, comes first: reranking is best of 1 + `samples`.
+        sample_temperature: of discrete tokens, divides the logits before drawing; smaller stays nearer to the likeliest
+            tokens. Also of `negatives.samples`.
     """
 
     num_candidates: int = 16

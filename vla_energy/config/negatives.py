@@ -187,19 +187,25 @@ class RetrievedConfig:
 
 @dataclass
 class SamplesConfig:
-    """Chunks drawn from a discrete-token policy's distributions (`--use_l1_regression False`).
+    """More chunks of a policy that chunks are drawn from: what inference will choose among.
 
-    What inference will choose among, at `candidates.sample_temperature`.
+    Samples of a diffusion head (`--use_diffusion True`), or draws from discrete tokens' distributions
+    (`--use_l1_regression False`) at `candidates.sample_temperature`.
 
     Attributes:
         count: so many beside the policy's own chunk; 0 is off.
+        steps: of a diffusion head's denoising while the energy head trains, of the policy's own chunk, too; each is a
+            pass of the language model without gradient over `1 + count` rows a frame. At most
+            `num_diffusion_steps_train`.
     """
 
     count: int = 0
     weight: float = 1.0
+    steps: int = 10
 
     def __post_init__(self) -> None:
         _source("samples", self.count, self.weight)
+        checks.count("negatives.samples.steps", self.steps, 1)
 
 
 SOURCES = (

@@ -13,6 +13,7 @@ from vla_energy.rerank import CompatibilityError, check_statistics
 
 FILE = "dataset_statistics.json"
 _WRITE = f"take the {FILE} that fine-tuning wrote beside this checkpoint"
+_LAST_BIASES = ("model.fc2.bias", "noise_predictor.mlp_resnet.fc2.bias")  # of L1 and of diffusion heads
 
 
 def statistics(subject: Subject) -> Iterator[Finding]:
@@ -25,7 +26,8 @@ def statistics(subject: Subject) -> Iterator[Finding]:
         yield Finding("statistics", "problem", str(error), cost, _WRITE)
         return
     head, projector = component(folder, "action_head"), component(folder, "proprio_projector")
-    action_dim = None if head is None or "model.fc2.bias" not in head else len(head["model.fc2.bias"])
+    last = next((bias for key, bias in (head or {}).items() if key in _LAST_BIASES), None)
+    action_dim = None if last is None else len(last)
     proprio_dim = None if projector is None else projector["fc1.weight"].shape[1]
     for name, entry in entries.items():
         bad = [

@@ -28,8 +28,13 @@ class FinetuneConfig:
         dataset_config: JSON or YAML file that describes a dataset we do not know.
         run_root_dir: runs are written below it.
         shuffle_buffer_size: frames.
-        use_l1_regression: continuous actions by L1; False is discrete action tokens, without an action head.
-        use_diffusion, num_diffusion_steps_train, diffusion_sample_freq: not built yet, refused when set.
+        use_l1_regression: continuous actions by L1; False is discrete action tokens, without an action head, or what
+            `use_diffusion` says.
+        use_diffusion: continuous actions by diffusion: the action head learns the noise in a chunk, chunks are samples.
+        num_diffusion_steps_train: T of its noise schedule; of a checkpoint's head, those that it was trained with.
+        num_diffusion_steps_inference: steps of a denoising in validation, rollouts, memories and preflight, stored with
+            the checkpoint; 0 takes the checkpoint's, else T. The host has this flag in its evaluation scripts.
+        diffusion_sample_freq: steps between two measurements of the sampled chunks' L1 while training.
         use_film: the instruction modulates the vision blocks (FiLM); a checkpoint trained with it needs it.
         num_images_in_input: 1 main camera, 2 with wrist.
         use_proprio: proprioception as an input.
@@ -69,6 +74,7 @@ class FinetuneConfig:
     use_l1_regression: bool = True
     use_diffusion: bool = False
     num_diffusion_steps_train: int = 50
+    num_diffusion_steps_inference: int = 0
     use_film: bool = False
     num_images_in_input: int = 1
     use_proprio: bool = False
@@ -114,9 +120,8 @@ class FinetuneConfig:
         Raises:
             FlagError: names the flag and what to do.
         """
-        if self.use_diffusion:
-            raise FlagError("--use_diffusion True is not built yet; leave it out")
         self._check_samples()
+        self._check_diffusion()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise FlagError("training on several processes is not built yet; start one process, without torchrun")
         if self.precision not in ("bf16", "fp32"):
@@ -158,13 +163,32 @@ class FinetuneConfig:
             "candidates.samples": energy.candidates.samples,
         }
         for flag, value in counts.items():
-            if value and energy.enabled and not self.discrete:
-                raise FlagError(f"--energy.{flag} {value} needs --use_l1_regression False: an L1 head has one chunk")
+            if value and energy.enabled and self.use_l1_regression:
+                raise FlagError(
+                    f"--energy.{flag} {value} needs --use_l1_regression False (discrete tokens), with --use_diffusion "
+                    "True for a diffusion head: an L1 head has one chunk"
+                )
 
     @property
     def discrete(self) -> bool:
         """Whether actions are tokens of the language model: neither L1 nor diffusion, as in the host."""
         return not self.use_l1_regression and not self.use_diffusion
+
+    def _check_diffusion(self) -> None:
+        samples, on = self.energy.negatives.samples, self.energy.enabled
+        if not self.use_diffusion:
+            return
+        if self.use_l1_regression:
+            raise FlagError("--use_diffusion True needs --use_l1_regression False: a policy has one action head")
+        for flag in ("num_diffusion_steps_train", "diffusion_sample_freq"):
+            if getattr(self, flag) < 1:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be 1 or more")
+        most = self.num_diffusion_steps_train
+        steps = {"num_diffusion_steps_inference": self.num_diffusion_steps_inference}
+        steps |= {"energy.negatives.samples.steps": samples.steps} if on else {}
+        for flag, value in steps.items():
+            if not 0 <= value <= most:
+                raise FlagError(f"--{flag} {value}: must be at most --num_diffusion_steps_train {most}")
 
     @property
     def run_dir(self) -> Path:

@@ -15,7 +15,8 @@ from vla_energy.calibrate import calibrate_margin
 from vla_energy.candidates import noise_scale
 from vla_energy.data import RldsDataset
 from vla_energy.finetune.config import FinetuneConfig
-from vla_energy.finetune.setup import Job
+from vla_energy.finetune.diffusion import observe
+from vla_energy.finetune.setup import Job, autocast
 from vla_energy.head import EnergyHead
 from vla_energy.monitors import Batch, RankingReport, evaluate_ranking
 from vla_energy.rerank import choose
@@ -105,16 +106,22 @@ def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: _Fram
     size = min(max(config.batch_size, _MIN_BATCH), split.num_frames)
     job.vla.eval()
     generator, candidates = torch.Generator().manual_seed(config.seed), config.energy.candidates
+    count = candidates.samples if config.energy.enabled else 0
     for raw in split.batches(size, repeat=False, drop_last=False):
         batch = job.to_batch(raw, crop=config.image_aug)
-        with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            output = job.vla(batch, "normed" if config.energy.negatives.layer_exits.normed else "raw")
+        if job.vla.diffuses:
+            output = observe(job, batch, config, generator, count)
+        else:
+            with torch.no_grad(), autocast(config, job.device):
+                output = job.vla(batch, "normed" if config.energy.negatives.layer_exits.normed else "raw")
         assert output.layer_actions is not None
         frames.add((output.actions.float() - batch["actions"]).abs(), raw["episode"])
         seen = (output.context.float(), output.context_mask, batch["actions"], output.layer_actions.float())
-        if output.token_logits is not None and candidates.samples:
-            drawn = (candidates.samples, candidates.sample_temperature, generator)
+        if output.token_logits is not None and count:
+            drawn = (count, candidates.sample_temperature, generator)
             yield *seen, sample_chunks(output.token_logits, *drawn, job.vla.action_dim, job.vla.config)
+        elif output.samples is not None:
+            yield *seen, output.samples.float()
         else:
             yield seen
         if time.monotonic() > deadline:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.diffusion import starting_noise
 from vla_energy.backbones.film import has_film
 from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.config import CandidatesConfig, EnergyConfig
@@ -36,7 +37,8 @@ class PolicyFrames:
         episodes: `(B,)` int64.
         instructions: B.
         crops: `(B,K,H,A)` the policy's chunks for K crops of the images, or None where none were asked for.
-        samples: `(B,K,H,A)` K more chunks of a policy with discrete tokens, or None where none were asked for.
+        samples: `(B,K,H,A)` K more chunks of a policy that chunks are drawn from (discrete tokens, diffusion), or None
+            where none were asked for.
     """
 
     context: Tensor
@@ -95,9 +97,12 @@ class FrameReader:
             raise DatasetError(f"{folder} is not a folder: --checkpoint takes a checkpoint's")
         stored = OpenVLAConfig.from_folder(folder)
         config.num_images_in_input = stored.num_images
-        config.use_l1_regression = stored.discrete_action_dim is None
         config.use_film = has_film(folder)
         config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
+        config.use_diffusion = any(folder.glob("noisy_action_projector--*_checkpoint.pt"))
+        config.use_l1_regression = not config.use_diffusion and stored.discrete_action_dim is None
+        config.num_diffusion_steps_train = stored.num_diffusion_steps_train
+        config.energy.negatives.samples.steps = 1  # nothing is trained, and T may be small
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
         self.vla: LoadedVLA = self._job.vla.eval()
         self.device = self._job.device
@@ -122,17 +127,23 @@ class FrameReader:
             batch_size: B.
             candidates: with `crops`, the frames have the policy's chunks for so many crops, at places that depend on
                 the reader's seed and on the frame's place in the order; the policy then reads so many more rows. With
-                `samples`, the frames of a policy with discrete tokens have so many more chunks, drawn likewise.
+                `samples`, the frames of a policy that chunks are drawn from have so many more chunks, drawn likewise; a
+                diffusion policy's own sample depends on seed and place, too.
 
         Raises:
             DatasetError: no such split.
+            ValueError: samples of an L1 policy.
         """
+        if candidates and candidates.samples and not self.vla.diffuses:
+            raise ValueError(
+                f"candidates.samples={candidates.samples}: the action head is an L1 head, it has one chunk"
+            )
         data = open_split(self._config, self.vla, split, self.statistics)
         left = most = data.num_frames if max_frames is None else max_frames
         for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):
             if left <= 0:
                 return
-            generators = self._generators(most - left, min(left, len(raw["actions"])))
+            generators = self._generators(most - left, len(raw["actions"]))
             yield self._run(raw, left, generators, candidates or CandidatesConfig())
             left -= len(raw["actions"])
 
@@ -144,6 +155,7 @@ class FrameReader:
         self, raw: dict[str, Any], rows: int, generators: list[torch.Generator], candidates: CandidatesConfig
     ) -> Tensor:
         images, texts, proprio = raw["images"][:rows], list(raw["instructions"])[:rows], raw.get("proprio")
+        generators = generators[: len(images)]
         proprio = None if proprio is None else torch.tensor(proprio)[:rows]
         return crop_chunks(self.vla, images, texts, proprio, generators, candidates).float()
 
@@ -151,13 +163,16 @@ class FrameReader:
     def _run(
         self, raw: dict[str, Any], rows: int, generators: list[torch.Generator], candidates: CandidatesConfig
     ) -> PolicyFrames:
+        batch, noise = self._job.to_batch(raw, crop=self._crop), None
+        drawing = generators[:rows]
+        if self.vla.diffuses:
+            noise, generators = starting_noise(generators, candidates.samples, self.vla.horizon, self.vla.action_dim)
+        output = self.vla(batch, noise=noise)
         crops = self._crops(raw, rows, generators, candidates) if candidates.crops else None
-        batch = self._job.to_batch(raw, crop=self._crop)
-        output = self.vla(batch)
         assert output.layer_actions is not None
-        samples = None
+        samples = None if output.samples is None else output.samples[:rows]
         if output.token_logits is not None and candidates.samples:
-            drawn = (candidates.samples, candidates.sample_temperature, generators)
+            drawn = (candidates.samples, candidates.sample_temperature, drawing)
             samples = sample_chunks(output.token_logits[:rows], *drawn, self.vla.action_dim, self.vla.config)
         length = int(output.context_mask.any(0).nonzero().max()) + 1
         return PolicyFrames(

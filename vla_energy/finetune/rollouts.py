@@ -9,6 +9,7 @@ import torch
 
 from vla_energy.data import RldsDataset
 from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.diffusion import observe
 from vla_energy.finetune.setup import Job, autocast
 from vla_energy.outcomes import RolloutFrames
 
@@ -27,9 +28,9 @@ class RolloutStream:
         self._job, self._config = job, config
         self._batches = data.batches(config.energy.rollouts.batch_size, skip=skip)
 
-    def next(self, instructions: Sequence[str]) -> RolloutFrames:
-        """The next batch, beside the demonstrations' frames with these `instructions`."""
-        return rollout_frames(self._job, next(self._batches), instructions, self._config)
+    def next(self, instructions: Sequence[str], generator: torch.Generator) -> RolloutFrames:
+        """The next batch, beside the demonstrations' frames with these `instructions`; see `rollout_frames`."""
+        return rollout_frames(self._job, next(self._batches), instructions, self._config, generator)
 
     def close(self) -> None:
         """Ends the reading."""
@@ -37,16 +38,28 @@ class RolloutStream:
 
 
 @torch.no_grad()
-def rollout_frames(job: Job, raw: dict[str, Any], instructions: Sequence[str], config: FinetuneConfig) -> RolloutFrames:
+def rollout_frames(
+    job: Job,
+    raw: dict[str, Any],
+    instructions: Sequence[str],
+    config: FinetuneConfig,
+    generator: torch.Generator,
+) -> RolloutFrames:
     """One forward of the policy on a dataset's batch with outcomes.
 
     Without gradient and in eval mode: dropout would draw from the random state that the policy's own training uses,
     and a run with rollouts must train the policy as one without.
+
+    Args:
+        generator: of a diffusion policy's samples; an L1 policy draws nothing.
     """
     batch = job.to_batch(raw)
     vla = job.vla.eval()
-    with autocast(config, job.device):
-        output = vla(batch, "off")
+    if vla.diffuses:
+        output = observe(job, batch, config, generator, 0, config.energy.negatives.samples.steps)
+    else:
+        with autocast(config, job.device):
+            output = vla(batch, "off")
     theirs = [_plain(text) for text in raw["instructions"]]
     same = [[_plain(text) == other for other in theirs] for text in instructions]
     return RolloutFrames(

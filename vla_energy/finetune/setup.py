@@ -151,6 +151,7 @@ def prepare(config: FinetuneConfig) -> Job:
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)  # of a new action head and of LoRA
         vla = _load(config, folder, probe.action_dim, probe.proprio_dim)
+        _check_head(config, vla, folder)
         if vla.action_dim != probe.action_dim:
             raise FlagError(
                 f"{config.dataset_name} has {probe.action_dim}-dimensional actions, the action head of {folder} "
@@ -178,7 +179,8 @@ def policy_statistics(vla: LoadedVLA, dataset: str, name: str | None = None) -> 
 
 def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_dim: int | None) -> LoadedVLA:
     # A bare OpenVLA has no action head and gets a new one; of a checkpoint that was fine-tuned, none may be missing.
-    fine_tuned = any(folder.glob("*action_head*")) or "vla_energy" in OpenVLAConfig.from_folder(folder).raw
+    stored = OpenVLAConfig.from_folder(folder)
+    fine_tuned = any(folder.glob("*action_head*")) or "vla_energy" in stored.raw
     _check_discrete(config, folder)
     if fine_tuned and not config.new_action_head:
         action_dim, proprio_dim = action_dim if config.discrete else None, None
@@ -190,6 +192,8 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_
     if not config.use_proprio and any(folder.glob("proprio_projector--*")):
         logger.warning("%s was trained with proprioception; --use_proprio True would use it", folder)
     _check_film(config, folder)
+    steps = config.num_diffusion_steps_train
+    known = stored.num_diffusion_steps_inference if stored.num_diffusion_steps_train == steps else steps
     try:
         return load_openvla(
             folder,
@@ -201,6 +205,8 @@ def _load(config: FinetuneConfig, folder: Path, action_dim: int | None, proprio_
             new_head=config.new_action_head,
             use_film=config.use_film,
             discrete=config.discrete,
+            use_diffusion=config.use_diffusion,
+            diffusion_steps=(steps, config.num_diffusion_steps_inference or known),
         )
     except ComponentError as error:
         raise ComponentError(
@@ -235,6 +241,24 @@ def _check_film(config: FinetuneConfig, folder: Path) -> None:
                 "layers; leave --use_film out"
             )
         logger.warning("starting new FiLM layers: %s is taken without", folder)
+
+
+def _check_head(config: FinetuneConfig, vla: LoadedVLA, folder: Path) -> None:
+    """The action head is of the kind that the flags name, with the noise schedule that it was trained with."""
+    anew = "or --new_action_head True for a new one"
+    if vla.diffuses != config.use_diffusion:
+        kind = "a diffusion" if vla.diffuses else "an L1"
+        raise FlagError(
+            f"{folder} has {kind} action head: pass --use_diffusion {vla.diffuses} --use_l1_regression "
+            f"{not vla.diffuses}, {anew}"
+        )
+    trained = OpenVLAConfig.from_folder(folder).raw.get("vla_energy", {}).get("num_diffusion_steps_train")
+    asked = config.num_diffusion_steps_train
+    if vla.diffuses and not config.new_action_head and trained not in (None, asked):
+        raise FlagError(
+            f"--num_diffusion_steps_train {asked}: the action head of {folder} was trained with {trained}; pass that, "
+            f"{anew}"
+        )
 
 
 def _check_length(config: FinetuneConfig, vla: LoadedVLA) -> None:

@@ -1,4 +1,4 @@
-"""The fine-tuning loop: L1 on the policy, energy objective on its detached context, checkpoints, resume."""
+"""The fine-tuning loop: the policy's loss, the energy objective on its detached context, checkpoints, resume."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vla_energy.backbones import VLAOutput
 from vla_energy.backbones.tokens import sample_chunks, token_loss, token_metrics
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.diffusion import noise_loss, observe, say_samples
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.monitor import Monitor
@@ -105,11 +106,13 @@ class Trainer:
         """Says what the sources of negatives cannot do with this batch size, model and data."""
         config, vla = self.config, self.job.vla
         traits = ActionTraits.of(self.job.statistics)
-        shape = (config.batch_size, 1 if vla.discrete else vla.num_layers + 1, vla.horizon, vla.action_dim)
+        shape = (config.batch_size, vla.num_exits, vla.horizon, vla.action_dim)
         loss = config.energy.loss
         asked = loss.margin_sources if loss.margin else ()
         for warning in check_sources(config.energy.negatives, *shape, traits, asked):
             logger.warning("%s", warning)
+        if vla.diffuses:
+            say_samples(config)
         return traits
 
     def run(self) -> dict[str, Any]:
@@ -132,7 +135,7 @@ class Trainer:
                 if self.step % config.wandb_log_freq == 0 or self.step == config.max_steps:
                     row = {key: float(value) for key, value in metrics.items()}
                     log.write(self.step, {**row, "frames_per_second": frames})
-                    keys = ("train/l1", "energy/loss")
+                    keys = ("train/l1", "train/noise_mse", "energy/loss")
                     shown: dict[str, Any] = {key: f"{row[key]:.4f}" for key in keys if key in row}
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
                 if config.use_val_set and (self.step % config.val_freq == 0 or self.step == config.max_steps):
@@ -173,7 +176,7 @@ class Trainer:
             raw = next(batches)
             batch = self.job.to_batch(raw)
             output = self._forward_policy(batch, metrics)
-            frames = None if recorded is None else recorded.next(raw["instructions"])
+            frames = None if recorded is None else recorded.next(raw["instructions"], self.generator)
             started = time.perf_counter()
             seen = self._backward_energy(output, batch, raw["episode"], metrics, frames)
             metrics["energy/ms"] = 1e3 * (time.perf_counter() - started)  # of the host's time: a GPU works on behind it
@@ -186,14 +189,15 @@ class Trainer:
             metrics.update(self.monitor.judge(self.step + 1, seen))
         return metrics
 
-    def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput:
-        """Forward, and backward where the policy is trained; adds the L1 metrics, and those of discrete tokens."""
+    def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput | None:
+        """Forward, and backward where the policy is trained; adds its metrics. None where nothing needs chunks."""
+        if self.job.vla.diffuses:
+            return self._forward_diffusion(batch, metrics)
         exits = layer_exits(self.config)
         vla = self.job.vla.train(self.trains_policy)
         with torch.set_grad_enabled(self.trains_policy), autocast(self.config, self.job.device):
             output = vla(batch, exits)
-        errors = (output.actions.float() - batch["actions"]).abs()
-        loss = errors.mean()
+        loss = (output.actions.float() - batch["actions"]).abs().mean()
         if output.token_logits is not None:
             loss = token_loss(output.token_logits, batch["labels"])
             with torch.no_grad():
@@ -202,28 +206,43 @@ class Trainer:
             metrics["train/cross_entropy"] = loss.detach()
         if self.trains_policy:
             (loss / self.config.grad_accumulation_steps).backward()
-        errors = errors.detach()
-        metrics["train/l1"] = errors.mean()
-        metrics["train/l1_current"] = errors[:, 0].mean()
-        metrics["train/l1_next"] = errors[:, 1:].mean() if errors.shape[1] > 1 else errors.mean()
+        metrics.update(_l1_metrics(output, batch))
         return output
+
+    def _forward_diffusion(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput | None:
+        """The noise loss, and the policy's samples where the energy head or the L1 metrics need them."""
+        config, job = self.config, self.job
+        if self.trains_policy:
+            with autocast(config, job.device):
+                loss = noise_loss(job.vla.train(), batch)
+            (loss / config.grad_accumulation_steps).backward()
+            metrics["train/noise_mse"] = loss.detach()
+        if (self.step + 1) % config.diffusion_sample_freq == 0:
+            # A generator of its own: the negatives are drawn as if nothing were measured.
+            own = torch.Generator().manual_seed(config.seed + self.step)
+            metrics.update(_l1_metrics(observe(job, batch, config, own, 0), batch))
+        if self.objective is None:
+            return None
+        samples = config.energy.negatives.samples
+        return observe(job, batch, config, self.generator, samples.count, samples.steps)
 
     def _backward_energy(
         self,
-        output: VLAOutput,
+        output: VLAOutput | None,
         batch: Batch,
         episodes: Any,
         metrics: dict[str, Tensor | float],
         rollouts: RolloutFrames | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Forward and backward of the objective; adds its metrics and returns what it saw."""
-        if self.objective is None:
+        if self.objective is None or output is None:
             return None
         assert output.layer_actions is not None
         layers = output.layer_actions.detach().float()
         seen = (output.context.detach(), output.context_mask, batch["actions"], layers)
         retrieved = self._retrieve(output, episodes)
-        loss, energy = self.objective(*seen, self.generator, self.step, retrieved, rollouts, self._sample(output))
+        drawn = output.samples if output.token_logits is None else self._sample(output)
+        loss, energy = self.objective(*seen, self.generator, self.step, retrieved, rollouts, drawn)
         (loss / self.config.grad_accumulation_steps).backward()
         metrics.update(energy)
         return seen
@@ -254,6 +273,12 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _l1_metrics(output: VLAOutput, batch: Batch) -> dict[str, Tensor | float]:
+    errors = (output.actions.float() - batch["actions"]).abs().detach()
+    rest = errors[:, 1:].mean() if errors.shape[1] > 1 else errors.mean()
+    return {"train/l1": errors.mean(), "train/l1_current": errors[:, 0].mean(), "train/l1_next": rest}
 
 
 def rate_factor(config: FinetuneConfig, step: int) -> float:

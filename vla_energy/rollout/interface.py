@@ -16,7 +16,7 @@ from vla_energy.rollout.world import Observation
 ARMS = {
     "policy": "the policy's own chunk",
     "retrieve": "the chunk of the training set's nearest context, no gate",
-    "rerank": "lowest energy among the policy's chunk, inner layers' and noise, gated",
+    "rerank": "lowest energy among the policy's chunk, inner layers' and noise, or more samples of it, gated",
     "rerank+retrieve": "the same with retrieved chunks among the candidates, gated",
     "refine": "descent on the energy from the policy's chunk, gated",
     "recommended": "for each task what preflight recommends, else the policy's chunk",

@@ -15,6 +15,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics, select_statistics
 from vla_energy.backbones import load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.backbones.diffusion import starting_noise
 from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
@@ -51,6 +52,11 @@ class CheckpointPolicy:
         self._advisor = load_advisor(
             folder, self._statistics, self.horizon, self.action_dim, self._vla.context_dim, self._device
         )
+        if (count := self._head_config().candidates.samples) and not self._vla.diffuses:
+            raise ValueError(
+                f"{folder}: candidates.samples={count} of its energy head, but the action head is an L1 head, "
+                "which has one chunk: train the energy head with this policy"
+            )
 
     @property
     def horizon(self) -> int:
@@ -92,14 +98,18 @@ class CheckpointPolicy:
         if arm == "recommended":
             return self._recommended(requests)
         reads_layers = arm.startswith("rerank") and self._head_config().candidates.layer_exits
-        output = self._vla.predict(self._batch(requests), "raw" if reads_layers else "off")
+        noise, generators = None, [request.generator for request in requests]
+        if self._vla.diffuses:
+            count = self._head_config().candidates.samples if arm.startswith("rerank") else 0
+            noise, generators = starting_noise(generators, count, self.horizon, self.action_dim)
+        output = self._vla.predict(self._batch(requests), "raw" if reads_layers else "off", noise)
         if arm == "policy":
             return [Decision(self._statistics.unnormalize(chunk)) for chunk in output.actions]
         frame = Frame(output.context, output.context_mask, output.actions, output.layer_actions)
         if arm == "replan":
             return self._replan(frame, requests)
-        generators = [request.generator for request in requests]
-        others = self._others(arm, frame, requests)
+        others = self._others(arm, frame, requests, generators)
+        others |= {} if output.samples is None else {"sample": Source(output.samples)}
         candidates = self._head_config().candidates
         if output.token_logits is not None and arm.startswith("rerank") and candidates.samples:
             drawn = (candidates.samples, candidates.sample_temperature, generators)
@@ -123,7 +133,9 @@ class CheckpointPolicy:
                 decisions[row] = replace(decision, execute=decision.execute or every)
         return [decisions[row] for row in range(len(requests))]
 
-    def _others(self, arm: str, frame: Frame, requests: Sequence[Request]) -> dict[str, Source]:
+    def _others(
+        self, arm: str, frame: Frame, requests: Sequence[Request], generators: Sequence[torch.Generator]
+    ) -> dict[str, Source]:
         """Candidates that need the episode's past or its images; crops draw from a row's generator before its noise."""
         config, others = self._head_config().candidates, {}
         if not arm.startswith("rerank"):
@@ -133,7 +145,6 @@ class CheckpointPolicy:
             rest = overlap(frame.policy, under_way, [request.executed for request in requests])
             others["overlap"] = Source(rest[:, None])
         if config.crops:
-            generators = [request.generator for request in requests]
             chunks = crop_chunks(
                 self._vla, self._images(requests), _instructions(requests), self._proprio(requests), generators, config
             )
