@@ -1,7 +1,7 @@
 """The diffusion head beside the real openvla-oft's, on its tiny checkpoint, within 2e-5 in fp32.
 
 Needs openvla-oft at commit 213c5ff8 with its transformers fork and dlimp, in one folder as `oft`, `transformers` and
-`dlimp` (VLA_ENERGY_HOST), and the interpreter of an environment with its pins (VLA_ENERGY_HOST_PYTHON).
+`dlimp` (VLA_ENERGY_HOST_SOURCES), and the interpreter of an environment with its pins (VLA_ENERGY_HOST_PYTHON).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vla_energy.backbones.diffusion import NoiseSchedule
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(os.environ.get("VLA_ENERGY_GOLDEN", ROOT.parent / "shared" / "golden" / "openvla_oft"))
-HOST = Path(os.environ.get("VLA_ENERGY_HOST", ROOT.parent / "host"))
+HOST = Path(os.environ.get("VLA_ENERGY_HOST_SOURCES", ROOT.parent / "host"))
 PYTHON = Path(os.environ.get("VLA_ENERGY_HOST_PYTHON", ROOT.parent / "hostenv" / "bin" / "python"))
 PATHS = (HOST / "oft", HOST / "transformers" / "src", HOST / "dlimp")
 MISSING = [str(path) for path in (GOLDEN / "tiny_ckpt", PYTHON, *PATHS) if not path.exists()]
