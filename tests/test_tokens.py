@@ -324,7 +324,7 @@ def test_bad_flags(tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureF
         Trainer(_config(tiny_folder, tmp_path, energy=_samples()))
     with pytest.raises(FlagError, match="--energy.candidates.samples 8 needs --use_l1_regression False"):
         Trainer(_config(tiny_folder, tmp_path, energy=EnergyConfig(candidates=CandidatesConfig(samples=8))))
-    with pytest.raises(FlagError, match="--use_diffusion True"):
+    with pytest.raises(FlagError, match="has an L1 action head: pass --use_diffusion False"):
         Trainer(_config(tiny_folder, tmp_path, use_l1_regression=False, use_diffusion=True))
     with pytest.raises(FlagError, match=r"action head, and --energy.freeze_backbone True trains no tokens"):
         Trainer(_tokens_config(tiny_folder, tmp_path, energy=EnergyConfig(freeze_backbone=True)))

@@ -120,8 +120,8 @@ class FinetuneConfig:
         Raises:
             FlagError: names the flag and what to do.
         """
-        self._check_samples()
         self._check_diffusion()
+        self._check_samples()
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise FlagError("training on several processes is not built yet; start one process, without torchrun")
         if self.precision not in ("bf16", "fp32"):
@@ -165,8 +165,8 @@ class FinetuneConfig:
         for flag, value in counts.items():
             if value and energy.enabled and self.use_l1_regression:
                 raise FlagError(
-                    f"--energy.{flag} {value} needs --use_l1_regression False (discrete tokens), with --use_diffusion "
-                    "True for a diffusion head: an L1 head has one chunk"
+                    f"--energy.{flag} {value} needs --use_l1_regression False, for discrete tokens, or with "
+                    "--use_diffusion True for a diffusion head: an L1 head has one chunk"
                 )
 
     @property

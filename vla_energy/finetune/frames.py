@@ -134,10 +134,8 @@ class FrameReader:
             DatasetError: no such split.
             ValueError: samples of an L1 policy.
         """
-        if candidates and candidates.samples and not self.vla.diffuses:
-            raise ValueError(
-                f"candidates.samples={candidates.samples}: the action head is an L1 head, it has one chunk"
-            )
+        if candidates and candidates.samples and not (self.vla.diffuses or self.vla.discrete):
+            raise ValueError(f"candidates.samples={candidates.samples}: an L1 head has one chunk")
         data = open_split(self._config, self.vla, split, self.statistics)
         left = most = data.num_frames if max_frames is None else max_frames
         for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):

@@ -52,7 +52,8 @@ class CheckpointPolicy:
         self._advisor = load_advisor(
             folder, self._statistics, self.horizon, self.action_dim, self._vla.context_dim, self._device
         )
-        if (count := self._head_config().candidates.samples) and not self._vla.diffuses:
+        drawn_from = self._vla.diffuses or self._vla.discrete
+        if (count := self._head_config().candidates.samples) and not drawn_from:
             raise ValueError(
                 f"{folder}: candidates.samples={count} of its energy head, but the action head is an L1 head, "
                 "which has one chunk: train the energy head with this policy"
