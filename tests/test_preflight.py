@@ -271,7 +271,7 @@ def rollout_file(
     names = ("instruction", "arm", "seed", "success")
     rows = [dict(zip(names, episode, strict=True)) for episode in episodes]
     meta = {"checkpoint": {"fingerprint": "f", "gates": gates or {"rerank": 0.25}, "center_crop": False}}
-    settings = {"replan_every": 4, "backend": "metaworld", **changes}
+    settings = {"replan_every": 4, "backend": "metaworld", "step_limits": {}, **changes}
     path.write_text(json.dumps({"complete": complete, "settings": settings, "meta": meta, "episodes": rows}))
     return path
 
@@ -304,7 +304,9 @@ def test_trials_overrule_the_held_out_error(tmp_path: Path) -> None:
     use = {task: row["use"] for task, row in result["tasks"].items()}
     assert use == {"push": "off", "pull": "retrieve", "lift": "rerank", "turn": "retrieve@8"}
     assert result["gates"]["rerank"] == 0.25, "it won behind this margin"
-    assert result["tasks"]["push"]["trials"] == {"episodes": 8, "successes": counts["push"]}
+    tried = {"episodes": 8, "successes": counts["push"], "seeds": tuple(range(8)), "replan_every": 4}
+    assert result["tasks"]["push"]["trials"] == tried
+    assert any("--replan-every 4" in reason for reason in result["verdict"]["reasons"])
     reasons = result["verdict"]["reasons"]
     assert any("32 episodes an arm: the policy succeeds in 11, the best arm of each task in 15" in r for r in reasons)
     assert any("tried, but not among the judging held-out frames: 'lift', 'turn'" in reason for reason in reasons)
@@ -313,12 +315,28 @@ def test_trials_overrule_the_held_out_error(tmp_path: Path) -> None:
     assert "retrieve@8" in (tmp_path / "page.html").read_text()
 
 
+def test_no_success_opens_a_gate_that_is_not_safe(tmp_path: Path) -> None:
+    rows = trial_rows({"push": {"policy": 0, "rerank": 8}})
+    for gate, harm in ((0.0, 3.0), (100.0, 3.0), (0.0, None)):
+        found = seen_tasks(retrieve=1.0)
+        if harm is None:  # safe only where the gain is large
+            gain = found.modes["rerank"].gain
+            found.modes["rerank"].error = torch.where(gain > 0.6, 0.1, 3.0) * found.policy_error
+        else:
+            found.modes["rerank"].error = harm * found.policy_error
+        path = rollout_file(tmp_path / "a.json", rows, gates={"rerank": gate})
+        result = judge(found, RerankConfig(), read_trials([path], JUDGED))
+        # What held-out frames say stays, behind the margin that they found safe.
+        assert result["tasks"]["push"]["use"] == ("off" if harm else "rerank") and result["gates"]["rerank"] > 0.5
+        assert any("rerank ran behind a gate" in reason for reason in result["verdict"]["reasons"])
+
+
 def test_an_arm_behind_a_shut_gate_was_the_policy(tmp_path: Path) -> None:
     rows = trial_rows({"push": {"policy": 2, "rerank": 5, "retrieve": 3}})
     path = rollout_file(tmp_path / "a.json", rows, gates={"rerank": None, "retrieve": 0.0})
     result = judge(seen_tasks(), RerankConfig(), read_trials([path], JUDGED))
     assert result["tasks"]["push"]["use"] == "retrieve" and math.isinf(result["gates"]["rerank"])
-    assert any("rerank ran behind a shut gate" in reason for reason in result["verdict"]["reasons"])
+    assert any("rerank ran behind a gate that was shut" in reason for reason in result["verdict"]["reasons"])
 
 
 @pytest.mark.parametrize(
@@ -364,10 +382,10 @@ def test_trials_take_only_the_seeds_that_all_arms_share(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"replan_every": 8}, "replan_every is 8, in the files before 4"), ({"gates": {"rerank": 0.5}}, "gates is"),
-     ({"backend": "libero"}, "backend is libero")],
+     ({"backend": "libero"}, "backend is libero"), ({"step_limits": {"push": 9}}, "limit of push is 9")],
 )  # fmt: skip
 def test_trials_of_other_settings_are_not_mixed(tmp_path: Path, changes: dict, message: str) -> None:
-    one = rollout_file(tmp_path / "a.json", trial_rows({"push": {"policy": 1}}))
+    one = rollout_file(tmp_path / "a.json", trial_rows({"push": {"policy": 1}}), step_limits={"push": 150})
     two = rollout_file(tmp_path / "b.json", trial_rows({"push": {"retrieve": 1}}), **changes)
     with pytest.raises(TrialsError, match=message):
         read_trials([one, two], JUDGED)
@@ -415,6 +433,10 @@ def test_trials_that_are_no_evidence_are_refused(tmp_path: Path, rows: list, mes
 
 
 def test_files_that_are_no_rollouts_are_refused(tmp_path: Path) -> None:
+    for margin in (-1.0, "x"):
+        path = rollout_file(tmp_path / "a.json", [("push", "policy", 0, True)], gates={"rerank": margin})
+        with pytest.raises(TrialsError, match=r"a\.json is no result"):
+            read_trials([path], JUDGED)
     with pytest.raises(TrialsError, match="did not end"):
         read_trials([rollout_file(tmp_path / "a.json", [("push", "policy", 0, True)], complete=False)], JUDGED)
     for number, text in enumerate(("{}", "[]", "no json", '{"complete": true, "episodes": [{}]}')):

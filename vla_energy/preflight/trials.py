@@ -34,20 +34,30 @@ class Trials:
         episodes: how many each arm has, on the same seeds.
         seeds: the seeds, sorted.
         margins: the gates behind which the modes ran, by mode; inf: shut, so the policy was executed.
+        replan_every: steps between two decisions, of arms without `@n`.
     """
 
     successes: dict[str, int]
     episodes: int
     seeds: tuple[int, ...]
     margins: Mapping[str, float] = field(default_factory=dict)
+    replan_every: int = 0
 
-    def best(self, expected: str) -> str:
+    def counts(self, arm: str, gates: Mapping[str, float]) -> bool:
+        """Whether an arm's episodes say what it would do behind `gates`, calibrated ones: no margin below was tried.
+
+        Behind a shut gate it executed the policy, and no success of a few episodes opens a gate that was found unsafe.
+        """
+        mode = split_arm(arm)[0]
+        return gates.get(mode, 0.0) <= self.margins.get(mode, 0.0) < math.inf
+
+    def best(self, expected: str, gates: Mapping[str, float] | None = None) -> str:
         """The arm with the most successes; among equals `expected`, then the policy, then the first.
 
         An arm that was not tried is not overruled by a policy that nothing else tried beats: then it is `expected`
-        that stays. Arms behind a shut gate executed the policy, so they do not count.
+        that stays. Only arms that `counts` take part.
         """
-        ran = {arm: n for arm, n in self.successes.items() if self.margins.get(split_arm(arm)[0], 0.0) < math.inf}
+        ran = {arm: n for arm, n in self.successes.items() if self.counts(arm, gates or {})}
         most = max(ran.values())
         equals = [arm for arm, count in ran.items() if count == most]
         if "policy" in equals and expected not in ran:
@@ -85,7 +95,7 @@ def read_trials(paths: Sequence[str | Path], checkpoint: Mapping[str, Any]) -> d
             if seed in seeds:
                 raise TrialsError(f"{path}: task {task!r}, arm {arm}, seed {seed} comes twice")
             seeds[seed] = success
-    return {task: _pair(task, arms, same["gates"]) for task, arms in found.items()}
+    return {task: _pair(task, arms, same["gates"], same["replan_every"]) for task, arms in found.items()}
 
 
 def _check_arm(path: Path, arm: str, checkpoint: Mapping[str, Any]) -> None:
@@ -98,7 +108,7 @@ def _check_arm(path: Path, arm: str, checkpoint: Mapping[str, Any]) -> None:
         raise TrialsError(f"{path}: arm {arm}: a chunk has {checkpoint['horizon']} actions")
 
 
-def _pair(task: str, arms: Mapping[str, Mapping[int, bool]], margins: Mapping[str, float]) -> Trials:
+def _pair(task: str, arms: Mapping[str, Mapping[int, bool]], margins: Mapping[str, float], replan_every: int) -> Trials:
     if "policy" not in arms:
         raise TrialsError(f"task {task!r}: no episodes of the arm policy, with which the others are compared")
     shared = sorted(set.intersection(*(set(seeds) for seeds in arms.values())))
@@ -108,7 +118,7 @@ def _pair(task: str, arms: Mapping[str, Mapping[int, bool]], margins: Mapping[st
             "episodes or more, all arms in one rollout"
         )
     counts = {arm: sum(seeds[seed] for seed in shared) for arm, seeds in arms.items()}
-    return Trials(counts, len(shared), tuple(shared), margins)
+    return Trials(counts, len(shared), tuple(shared), margins, replan_every)
 
 
 def _read(path: Path) -> tuple[list[tuple[str, str, int, bool]], dict[str, Any]]:
@@ -120,9 +130,14 @@ def _read(path: Path) -> tuple[list[tuple[str, str, int, bool]], dict[str, Any]]
         rows = [(row["instruction"], row["arm"], row["seed"], row["success"]) for row in data["episodes"]]
         policy = data["meta"]["checkpoint"]
         gates = {mode: math.inf if margin is None else float(margin) for mode, margin in policy["gates"].items()}
+        if not all(margin >= 0 for margin in gates.values()):
+            raise TypeError(f"its margins are {policy['gates']}")
         ran = {"fingerprint": policy["fingerprint"], "gates": gates, "center_crop": policy["center_crop"]}
         ran |= {name: data["settings"][name] for name in _SAME}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        ran |= {f"limit of {task}": steps for task, steps in data["settings"]["step_limits"].items()}
+    except TrialsError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrialsError(f"{path} is no result of vla-energy rollout ({type(error).__name__}: {error})") from error
     kinds = (str, str, int, bool)
     if not rows or not all(type(value) is kind for row in rows for value, kind in zip(row, kinds, strict=True)):

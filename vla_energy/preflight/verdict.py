@@ -21,7 +21,7 @@ from vla_energy.modes import split_arm
 from vla_energy.preflight.effects import Effect, calibrate, effect, halves
 from vla_energy.preflight.measure import Measured
 from vla_energy.preflight.trials import Trials
-from vla_energy.preflight.words import reasons_of, shut_trials, unseen_trials
+from vla_energy.preflight.words import reasons_of, uncounted_trials, unseen_trials
 
 TASK_WORTH = 0.25
 """`WORTH` for one task, told by its few episodes alone; on a task with 0.13 retrieval cost 20 points of success."""
@@ -67,16 +67,16 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
         "forward_ms": measured.forward_milliseconds,
     }
     tasks = _tasks(measured, gates, rest, use)
-    won = _try(tasks, trials or {})
+    won = _try(tasks, trials or {}, gates)
     open_gates = {"retrieve", *(mode for mode in gates if effects[mode].helps), *won}
     reasons = reasons_of(use, effects, gates, measured, gates_config.risk)
     if won.get(use, gates.get(use)) != gates.get(use):
         # Where it was not tried it will run behind the margin of the trials, so that one is judged.
         untried = _tasks(measured, {**gates, **won}, rest, use)
         tasks.update({task: {**row, "trials": None} for task, row in untried.items() if task not in (trials or {})})
-    gates.update(won)
     if trials:
-        use, reasons = _with_trials(use, reasons, trials, tasks)
+        use, reasons = _with_trials(use, reasons, trials, tasks, gates)
+    gates.update(won)
     return {
         "verdict": {"use": use, "reasons": reasons},
         "policy": policy,
@@ -86,20 +86,23 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
     }
 
 
-def _try(tasks: dict[str, Any], trials: Mapping[str, Trials]) -> dict[str, float]:
+def _try(tasks: dict[str, Any], trials: Mapping[str, Trials], gates: Mapping[str, float]) -> dict[str, float]:
     """Puts the arm that won the trials in the place of what held-out frames say; `policy` is `off`.
 
     Returns:
-        The margins of the modes that won, behind which they did.
+        The margins of the modes that won, behind which they did; never below the calibrated ones.
     """
     for row in tasks.values():
         row["trials"] = None
     won = {}
     for task, found in trials.items():
         row = tasks.setdefault(task, {"use": "off", "effects": {}})
-        best = found.best(row["use"])
+        best = found.best(row["use"], gates)
         row["use"] = "off" if best == "policy" else best
-        row["trials"] = {"episodes": found.episodes, "successes": found.successes}
+        row["trials"] = {
+            "episodes": found.episodes, "successes": found.successes, "seeds": found.seeds,
+            "replan_every": found.replan_every,
+        }  # fmt: skip
         mode = split_arm(best)[0]
         if best in found.successes and mode in found.margins:
             won[mode] = found.margins[mode]
@@ -131,7 +134,7 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
 
 
 def _with_trials(
-    use: str, reasons: list[str], trials: Mapping[str, Trials], tasks: dict[str, Any]
+    use: str, reasons: list[str], trials: Mapping[str, Trials], tasks: dict[str, Any], gates: Mapping[str, float]
 ) -> tuple[str, list[str]]:
     """What is recommended in the light of the trials: by task, where an arm beat the policy on any."""
     episodes = sum(found.episodes for found in trials.values())
@@ -139,11 +142,13 @@ def _with_trials(
     arms = {task: "policy" if tasks[task]["use"] == "off" else tasks[task]["use"] for task in trials}
     # A mode that was not tried on a task may still be advised for it; the policy's count is what is known there.
     best = sum(found.successes.get(arms[task], found.successes["policy"]) for task, found in trials.items())
+    every = next(iter(trials.values())).replan_every
     text = (
         f"{len(trials)} tasks were tried in {episodes} episodes an arm: the policy succeeds in {policy}, the best arm "
-        f"of each task in {best} (as it was chosen by these episodes, expect less)"
+        f"of each task in {best} (as it was chosen by these episodes, expect less; arms without @n decided every "
+        f"{every} steps, let them: --replan-every {every})"
     )
-    reasons = [*reasons, *shut_trials(trials), *unseen_trials(tasks)]
+    reasons = [*reasons, *uncounted_trials(trials, gates), *unseen_trials(tasks)]
     if best == policy:
         return use, [reasons[0], text, *reasons[1:]]
     return "recommended", [f"use recommended, by task: {text}", f"on held-out data alone: {reasons[0]}", *reasons[1:]]

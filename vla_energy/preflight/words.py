@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from vla_energy.calibrate import fewest_draws
-from vla_energy.modes import split_arm
 from vla_energy.preflight.effects import FEWEST, WORTH, Effect
 from vla_energy.preflight.measure import Measured
 from vla_energy.preflight.trials import Trials
@@ -18,12 +17,12 @@ _LATE = 1.5  # ratio of late to early error from which shorter chunks are advise
 _HEADROOM = 0.1  # an oracle that takes away less than this leaves nothing to choose
 
 
-def shut_trials(trials: Mapping[str, Trials]) -> list[str]:
-    """Arms whose trials say nothing, because their gate was shut."""
-    arms = {arm for found in trials.values() for arm in found.successes}
-    margins = next(iter(trials.values())).margins
-    names = sorted(arm for arm in arms if margins.get(split_arm(arm)[0], 0.0) == math.inf)
-    return [f"{', '.join(names)} ran behind a shut gate, as the policy: these trials say nothing"] if names else []
+def uncounted_trials(trials: Mapping[str, Trials], gates: Mapping[str, float]) -> list[str]:
+    """Arms whose trials say nothing, because their gate was shut or another one."""
+    arms = {arm: found for found in trials.values() for arm in found.successes}
+    names = sorted(arm for arm, found in arms.items() if not found.counts(arm, gates))
+    why = "ran behind a gate that was shut, or not safe by the margin calibrated here: these trials say nothing"
+    return [f"{', '.join(names)} {why}"] if names else []
 
 
 def unseen_trials(tasks: Mapping[str, Any]) -> list[str]:
