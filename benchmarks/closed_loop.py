@@ -19,13 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from closed_loop_checks import check_distinct, check_fit, fingerprint_of, read_preflight, read_result
 from closed_loop_tables import ARMS, report
 
 from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.data.metaworld_env import SimulatorError
 from vla_energy.finetune.setup import EMBEDDED_DATA
-from vla_energy.modes import split_arm
-from vla_energy.rollout.run import run_rollouts
+from vla_energy.fingerprint import fingerprint
+from vla_energy.rollout.run import EVALUATION_SEED_OFFSET, run_rollouts
 from vla_energy.rollout.summary import write_json
 
 
@@ -62,52 +63,6 @@ def quick(out: Path) -> dict[str, Any]:
 
 def _run(*arguments: str) -> None:
     subprocess.run([sys.executable, *arguments], check=True)
-
-
-def read_result(path: Path) -> dict[str, Any]:
-    """The results of a study that ended.
-
-    Raises:
-        ValueError: it is none; OSError: it cannot be read.
-    """
-    result = _json(path)
-    if not {"complete", "settings", "overall", "tasks", "episodes"} <= result.keys():
-        raise ValueError(f"{path} is no result of this study or of vla-energy rollout")
-    if result["complete"] is not True:
-        raise ValueError(f"{path} is of a run that did not end: run it again")
-    if "preflight" in result:
-        check_preflight(result["preflight"], path)
-    return result
-
-
-def read_preflight(path: Path) -> dict[str, Any]:
-    """A preflight's results. Raises as `read_result`."""
-    result = _json(path)
-    check_preflight(result, path)
-    return result
-
-
-def check_preflight(result: Any, path: Path) -> None:
-    """Raises ValueError naming `path` where the verdict by task, all that is used here, is not there or no arm."""
-    try:
-        for task, row in result["tasks"].items():
-            if row["use"] in ("policy", "recommended") or (row["use"] != "off" and not split_arm(row["use"])[0]):
-                raise ValueError(f"{task!r}: {row['use']!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no preflight.json of vla-energy preflight, whose tasks each have a `use`, off or an arm "
-            f"({type(error).__name__}: {error})"
-        ) from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except ValueError as error:  # of text and of JSON
-        raise ValueError(f"{path} is no JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is no result: expected a JSON object")
-    return data
 
 
 def _names(text: str) -> list[str]:
@@ -149,11 +104,19 @@ def run(args: argparse.Namespace) -> str:
     preflight = read_preflight(args.preflight) if args.preflight else None  # a typo must not cost a study
     if args.report:
         results = [read_result(path) for path in args.report]
+        check_distinct(results)
+        for result in results if preflight is not None else ():
+            seeds = {episode["seed"] for episode in result["episodes"]}
+            check_fit(preflight or {}, fingerprint_of(result), result["settings"].get("replan_every", 0), seeds)
         return report([result if preflight is None else {**result, "preflight": preflight} for result in results])
     if args.quick:
         result, out = quick(args.out), args.out / "rollout.json"
     else:
         out = args.out
+        if preflight is not None:
+            first = args.seed + EVALUATION_SEED_OFFSET
+            which = fingerprint(args.checkpoint) if "fingerprint" in preflight else None
+            check_fit(preflight, which, args.replan_every, {*range(first, first + args.episodes)})
         options = {"replan_every": args.replan_every, "seed": args.seed, "workers": args.workers, "backend": args.sim}
         result = study(args.checkpoint, args.tasks, args.episodes, args.arms, out, **options)
         if preflight is not None:

@@ -294,6 +294,48 @@ def test_a_study_keeps_its_preflight_and_a_report_may_bring_another(
     assert "- near: off, measured +0" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("preflight", "message"),
+    [
+        ({"fingerprint": "a"}, "another checkpoint"),
+        ({"fingerprint": "b", "seeds": [7, 8, 30]}, "seeds 7 to 8 are those of the trials"),
+        ({"seeds": [9, 10], "replan_every": 4}, "seeds 9 to 9"),
+        ({"seeds": [10, 11], "replan_every": 8}, "tried with a decision every 8 steps.*--replan-every 8"),
+    ],
+)
+def test_a_preflight_of_other_things_is_refused(tmp_path: Path, preflight: dict[str, Any], message: str) -> None:
+    ran = result({"near": {"policy": NONE, "retrieve": ALL}}, {"near": "off"})  # seeds 0 to 9
+    ran["meta"], ran["settings"]["replan_every"] = {"checkpoint": {"fingerprint": "b"}}, 4
+    given = dict(preflight)
+    tried = {name: given.pop(name) for name in ("seeds", "replan_every") if name in given}
+    given["tasks"] = {"near": {"use": "retrieve", "trials": tried or None}}
+    flags = ["--report", _written(tmp_path / "a.json", ran), "--preflight", _written(tmp_path / "b.json", given)]
+    with pytest.raises(SystemExit, match=message):
+        closed_loop.main(flags)
+    given |= {"fingerprint": "b"}
+    given["tasks"]["near"]["trials"] = {"seeds": [10, 11], "replan_every": 4}
+    _written(tmp_path / "b.json", given)
+    closed_loop.main(flags)
+
+
+def test_trials_on_the_studys_seeds_cost_no_episode(tmp_path: Path, loaded: list[str]) -> None:
+    trials = {"seeds": [1_000_001], "replan_every": 4}
+    given = _written(tmp_path / "p.json", {"tasks": {"go near": {"use": "policy@2", "trials": trials}}})
+    with pytest.raises(SystemExit, match="seeds 1000001 to 1000001"):
+        closed_loop.main([*STUDY, "--tasks", "near", "--preflight", given, "--out", str(tmp_path / "out.json")])
+    assert not loaded
+
+
+def test_episodes_do_not_count_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = result({"near": {"policy": NONE, "retrieve": ALL}})
+    one = _written(tmp_path / "a.json", ran)
+    with pytest.raises(SystemExit, match="task near, arm policy, seed 0 comes twice"):
+        closed_loop.main(["--report", one, one])
+    other = _written(tmp_path / "b.json", {**ran, "meta": {"checkpoint": {"fingerprint": "c"}}})
+    closed_loop.main(["--report", one, other])
+    assert "study 2" in capsys.readouterr().out
+
+
 def test_unknown_tasks_and_wrong_arms_are_told_in_a_line(tmp_path: Path, loaded: list[str]) -> None:
     for flags, message in (
         (["--tasks", "near,nowhere"], "unknown .*task.*nowhere; known: dies, far"),

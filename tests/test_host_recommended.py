@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -91,9 +92,7 @@ def test_what_the_host_cannot_do_is_refused_at_the_start() -> None:
 def test_a_tokenizer_that_cannot_be_used_stops_the_run(tmp_path: Path) -> None:
     asked = Asked(tmp_path, {BOWL: "rerank"})
     path = Path(asked.settings.pretrained_checkpoint) / "tokenizer.json"
-    broken = tokenizers.Tokenizer.from_file(str(path))
-    broken.decoder = None
-    broken.save(str(path))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "decoder": None}))
     with pytest.raises(HostError, match="does not give back the text|no instruction in the prompt"):
         asked.rerank()
     path.write_text("{}")

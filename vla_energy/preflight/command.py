@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     head = EnergyConfig() if advisor.reranker is None else advisor.reranker.config
     frames = reader.read(args.split, args.max_frames, candidates=head.candidates)
     measured = measure(advisor, frames, args.seed)
-    result = {"settings": _settings(args), **judge(measured, head.rerank, trials)}
+    result = {"settings": _settings(args), "fingerprint": judged["fingerprint"], **judge(measured, head.rerank, trials)}
     write_json(out / "preflight.json", result)
     write_page(result, out / "preflight.html")
     if not args.no_gates:

@@ -104,7 +104,7 @@ def _try(tasks: dict[str, Any], trials: Mapping[str, Trials], gates: Mapping[str
             "replan_every": found.replan_every,
         }  # fmt: skip
         mode = split_arm(best)[0]
-        if best in found.successes and mode in found.margins:
+        if best in found.successes and mode in found.margins and found.counts(best, gates):
             won[mode] = found.margins[mode]
     return won
 
