@@ -246,16 +246,16 @@ def test_the_fewest_episodes_that_can_open_the_gate() -> None:
         calibrate_margin(energies, distances, episodes=of[:-1])
 
 
-def test_the_sequence_of_margins_stops_at_the_first_that_fails() -> None:
-    # 60 episodes of 8 rows; the gate that takes two rows an episode is safe, with four it is not, with all it would be.
-    gain = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 1]).repeat(60) + 0.001 * torch.rand(480)
-    worse = torch.tensor([0, 0, 1, 0, 0, 0, 0, 0]).repeat(60).bool()
-    for risk, largest, smallest in ((0.1, 5.9, 7.1), (0.6, 0.0, 0.1)):
-        margin = calibrate_margin(
-            torch.stack([torch.zeros(480), -gain], 1), torch.stack([torch.ones(480), torch.where(worse, 2.0, 0.5)], 1),
-            risk, episodes=torch.arange(60).repeat_interleave(8),
-        )  # fmt: skip
-        assert largest <= margin <= smallest
+@pytest.mark.parametrize(("bad", "opens"), [((3,), False), ((), True), ((30,), True)])
+def test_the_sequence_of_margins_stops_at_the_first_that_fails(bad: tuple[int, ...], opens: bool) -> None:
+    """200 episodes of 40 rows; with all rows one worse in 40 would be safe, but not in the 10 that are tried first."""
+    gain = torch.arange(40, 0, -1.0).repeat(200) + 0.001 * torch.rand(8000, generator=torch.Generator().manual_seed(0))
+    worse = torch.zeros(40, dtype=torch.bool)
+    worse[list(bad)] = True
+    distances = torch.stack([torch.ones(8000), torch.where(worse.repeat(200), 2.0, 0.5)], 1)
+    of = torch.arange(200).repeat_interleave(40)
+    margin = calibrate_margin(torch.stack([torch.zeros(8000), -gain], 1), distances, 0.1, episodes=of)
+    assert margin == (0.0 if opens else math.inf)
 
 
 def test_the_share_of_an_episode_is_one_draw() -> None:
