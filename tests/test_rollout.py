@@ -79,6 +79,14 @@ def test_identical_arms_differ_by_nothing():
     assert difference["p_value"] == 1 and difference["won"] == difference["lost"] == 0
 
 
+def test_an_arm_behind_a_shut_gate_is_told(caplog, monkeypatch):
+    rollouts(tasks=["near"], episodes=1)
+    assert "is shut" not in caplog.text
+    monkeypatch.setattr(FakePolicy, "metadata", {"gates": {"rerank": float("inf"), "twin": 0.0}})
+    rollouts(tasks=["near"], episodes=1, arms=["policy", "rerank", "twin"])
+    assert "the gate of rerank is shut" in caplog.text
+
+
 def test_an_episode_ends_at_the_limit_or_when_solved():
     limited = rollouts(tasks=["far"], max_steps=7, episodes=2, arms=["rerank"])["episodes"]
     assert [(e["steps"], e["decisions"], e["success"]) for e in limited] == [(7, 2, False)] * 2

@@ -8,6 +8,8 @@ generator seeded by (task, episode seed, step) alone, so that it is the same for
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,6 +24,8 @@ from vla_energy.rollout.interface import Policy, check_arms, split_arm
 from vla_energy.rollout.record import Recorder, check_target
 from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
 from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_SEED_OFFSET = 1_000_000
 """Episode i starts from `seed + EVALUATION_SEED_OFFSET + i`; recordings stay far below."""
@@ -145,6 +149,7 @@ def run_rollouts(
     name = None if record is None else check_target(record, record_name, backend)
     settings = settings.resolve()
     settings.validate_policy(policy)
+    _say_shut(settings.arms, policy.metadata)
     start = time.perf_counter()
     meta = {"checkpoint": policy.metadata, "versions": versions(), "first_episode_seed": seed + EVALUATION_SEED_OFFSET}
     records: list[dict[str, Any]] = []
@@ -168,6 +173,13 @@ def run_rollouts(
             if out is not None:
                 write_json(out, result)
     return result
+
+
+def _say_shut(arms: Sequence[str], metadata: dict[str, Any]) -> None:
+    """Its episodes are those of the policy, which a table does not show."""
+    gates = metadata.get("gates", {})
+    if shut := [arm for arm in arms if gates.get(split_arm(arm)[0]) == math.inf]:
+        logger.warning("the gate of %s is shut: the policy's chunks are executed", ", ".join(shut))
 
 
 def _order(settings: Settings) -> Iterator[tuple[str, int]]:
