@@ -249,6 +249,13 @@ def test_damaged_files_are_named(vla: LoadedVLA, tmp_path: Path) -> None:
     torch.save(state, tmp_path / "vision_backbone--2_checkpoint.pt")
     with pytest.raises(CheckpointFolderError, match="exactly one vision_backbone"):
         load_openvla(tmp_path, use_proprio=True)
+    for file in tmp_path.glob("vision_backbone*"):
+        file.unlink()
+    for asked in (None, True, False):
+        with pytest.raises(
+            CheckpointFolderError, match=r"trained with FiLM, but has no vision_backbone--\*_checkpoint"
+        ):
+            load_openvla(tmp_path, use_proprio=True, use_film=asked)
 
 
 def test_two_steps_then_resume_equal_four(tiny_folder: Path, tmp_path: Path) -> None:

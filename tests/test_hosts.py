@@ -337,10 +337,10 @@ def test_evaluation_refuses_what_does_not_fit(tmp_path: Path) -> None:
     vla, head, settings = evaluation(tmp_path, 0.0)
     with pytest.raises(HostError, match="L1 action head"):
         rerank_action_head(None, settings, vla)
-    for mode in ("retrieve", "magic"):
+    for mode, needed in (("retrieve", "it needs chunk_memory"), ("magic", "the modes are rerank, .* and recommended")):
         wrong = copy.copy(settings)
         wrong.energy = HostRerankConfig(enabled=True, mode=mode)
-        with pytest.raises(ValueError, match=rf"--energy.mode {mode}: .*allows rerank, refine"):
+        with pytest.raises(ValueError, match=rf"--energy.mode {mode}: .*allows rerank, refine; {needed}"):
             rerank_action_head(head, wrong, vla)
     vla.norm_stats["toy"]["action"]["q99"] = np.full(A, 0.5)
     with pytest.raises(ValueError, match="the head"):

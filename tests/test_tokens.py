@@ -248,6 +248,8 @@ def test_it_learns_and_is_the_same_beside_a_head(tiny_folder: Path, tmp_path: Pa
     off = _run(_tokens_config(tiny_folder, tmp_path / "off", energy=EnergyConfig(enabled=False), **flags))
     _equal(_policy_weights(on), _policy_weights(off))
     rows = [json.loads(row) for row in (tmp_path / "on" / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all("energy/win_rate/layer_exits" not in row for row in rows), "nothing was ranked"
+    assert any("energy/win_rate/policy" in row for row in rows)
     assert rows[-1]["train/cross_entropy"] < rows[0]["train/cross_entropy"] - 0.5
     assert {"train/accuracy_current", "train/binned_l1_next", "train/l1", "energy/negative/samples"} <= rows[0].keys()
     assert not any("layer_exit" in key for key in rows[0])

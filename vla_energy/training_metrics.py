@@ -50,6 +50,8 @@ def energy_metrics(output: HeadOutput, negatives: NegativeSet, config: EnergyCon
         "spearman": spearman(energies, nn.functional.pad(negatives.distances, (1, 0))),
     }
     for name, columns in negatives.sources.items():
+        if name in negatives.empty:
+            continue  # nothing was ranked: a rate of 1 would look like a success
         count = valid[:, columns].sum().clamp_min(1)
         metrics[f"win_rate/{name}"] = 1 - lost[:, columns].sum() / count
         metrics[f"negative/{name}"] = (others * valid)[:, columns].sum() / count

@@ -56,6 +56,7 @@ class OpenVLAConfig:
         num_images: images an observation had in training.
         center_crop: whether the policy expects centre-cropped images.
         discrete_action_dim: A of a policy that was trained with discrete action tokens here; else None.
+        use_film: whether the policy was trained with FiLM here.
         num_diffusion_steps_train, num_diffusion_steps_inference: of a diffusion head, see `NoiseSchedule`.
         raw: the whole JSON object, so that saving loses no key.
     """
@@ -72,6 +73,7 @@ class OpenVLAConfig:
     num_images: int
     center_crop: bool
     discrete_action_dim: int | None
+    use_film: bool
     num_diffusion_steps_train: int
     num_diffusion_steps_inference: int
     raw: dict[str, Any]
@@ -118,6 +120,7 @@ class OpenVLAConfig:
             num_images=int(own.get("num_images", 1)),
             center_crop=bool(own.get("center_crop", False)),
             discrete_action_dim=int(own["discrete_action_dim"]) if "discrete_action_dim" in own else None,
+            use_film=bool(own.get("use_film", False)),
             num_diffusion_steps_train=steps,
             num_diffusion_steps_inference=int(own.get("num_diffusion_steps_inference", steps)),
             raw=data,
@@ -135,17 +138,20 @@ class OpenVLAConfig:
         center_crop: bool,
         *,
         discrete_action_dim: int | None = None,
+        use_film: bool = False,
         diffusion: tuple[int, int] | None = None,
     ) -> dict[str, Any]:
         """The JSON object to save: what was read, plus what the policy was trained with in our own section.
 
         Args:
             discrete_action_dim: A of a policy with discrete action tokens.
+            use_film: whether the policy has FiLM.
             diffusion: steps of training and of inference, for a policy with a diffusion head.
         """
-        kinds = (*_DIFFUSION_KEYS, "discrete_action_dim")
+        kinds = (*_DIFFUSION_KEYS, "discrete_action_dim", "use_film")
         read = {key: value for key, value in self.raw.get(_OWN_KEY, {}).items() if key not in kinds}
         own = {"horizon": horizon, "num_images": num_images, "center_crop": center_crop}
         own |= {} if discrete_action_dim is None else {"discrete_action_dim": discrete_action_dim}
+        own |= {"use_film": True} if use_film else {}
         own |= dict(zip(_DIFFUSION_KEYS, diffusion, strict=True)) if diffusion else {}
         return {**self.raw, _OWN_KEY: {**read, **own}}

@@ -114,6 +114,10 @@ def load_openvla(
     diffusion = bool(use_diffusion) if head is None else is_diffusion(head)
     prefix = _DIFFUSION_PREFIX if diffusion else _L1_PREFIX
     noisy = _component(folder, "noisy_action_projector", required=True) if head and diffusion else None
+    if config.use_film and not has_film(folder):
+        raise ComponentError(
+            f"{folder} was trained with FiLM, but has no {COMPONENT}--*_checkpoint.pt: copy the checkpoint again, whole"
+        )
     film = _film(folder, use_film)
     vla = LoadedVLA(
         config,
@@ -201,7 +205,9 @@ def save_openvla(
     entries = {name: entry.to_dict() for name, entry in statistics.items()}
     head = vla.action_head
     steps = (head.schedule.num_train, head.num_steps_inference) if vla.diffuses else None
-    own = vla.config.to_dict(vla.horizon, vla.num_images, center_crop, discrete_action_dim=discrete, diffusion=steps)
+    own = vla.config.to_dict(
+        vla.horizon, vla.num_images, center_crop, discrete_action_dim=discrete, use_film=vla.use_film, diffusion=steps
+    )
     config = {**own, "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))

@@ -25,7 +25,7 @@ from vla_energy.hosts.hidden_states import (
 )
 from vla_energy.hosts.prompts import Instructions
 from vla_energy.hosts.training import host_statistics
-from vla_energy.modes import Frame, split_arm
+from vla_energy.modes import BOTH, MODES, Frame, split_arm
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,15 @@ def rerank_action_head(action_head: Any, host: Any, vla: Any) -> Any:
         return action_head
     with torch.inference_mode(False):  # tensors made in inference mode can never be refined through
         return RerankedActionHead(action_head, host, vla)
+
+
+def _needed(mode: str) -> str:
+    """What is missing for a mode."""
+    head = "energy_head--*_checkpoint.safetensors (fine-tuning with --energy.enabled True writes it)"
+    memory = "chunk_memory--*_checkpoint.safetensors (vla-energy memory writes it)"
+    if mode not in MODES:
+        return f"the modes are {', '.join(MODES)} and {RECOMMENDED}"
+    return f"it needs {({'retrieve': memory, BOTH: f'{head} and {memory}'}).get(mode, head)} in that folder"
 
 
 class RerankedActionHead:
@@ -79,8 +88,8 @@ class RerankedActionHead:
             self._instructions = Instructions(vla, folder)
         elif self._mode not in self._advisor.modes:
             raise ValueError(
-                f"--energy.mode {self._mode}: {folder} allows {', '.join(self._advisor.modes) or 'none'} "
-                "(an energy head from fine-tuning, a memory from vla-energy memory)"
+                f"--energy.mode {self._mode}: {folder} allows {', '.join(self._advisor.modes) or 'none'}; "
+                f"{_needed(self._mode)}"
             )
         self._generator = torch.Generator().manual_seed(host.energy.seed)
         self._hidden = HiddenStates(vla)
