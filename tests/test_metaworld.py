@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vla_energy.data import RldsDataset
 
@@ -41,6 +42,20 @@ def test_recorded_demonstrations_are_read_back(tmp_path: Path) -> None:
     assert np.abs(first[-1].astype(int) - first[0].astype(int)).mean() > 1
     actions = np.concatenate([frame["actions"][:, 0] for frame in frames])
     assert np.abs(actions).max() <= 1 and actions.std(0)[:3].min() > 0.05
+
+
+@pytest.mark.usefixtures("simulator")
+def test_several_styles_start_to_both_sides(tmp_path: Path) -> None:
+    flags = ["--tasks", "drawer-close", "--episodes", "6", "--val-episodes", "1", "--noise-share", "0"]
+    result = _record(tmp_path, *flags, "--styles", "several", "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    data = RldsDataset(tmp_path, "metaworld_mine", "train", 4, use_proprio=True, shuffle_buffer_size=1)
+    firsts: dict[int, np.ndarray] = {}
+    for frame in data.batches(1, repeat=False):
+        chunk = data.statistics.action.unnormalize(torch.tensor(frame["actions"][0])).numpy()
+        firsts.setdefault(int(frame["episode"][0]), chunk[:, 0])
+    assert {bool((first > 0.5).all()) for first in firsts.values()} == {True, False}
+    assert all((abs(first) > 0.5).all() for first in firsts.values())
 
 
 @pytest.mark.usefixtures("simulator")

@@ -7,6 +7,8 @@ writes `DIR/metaworld_mine/1.0.0/` with splits `train` and `val`. In a noisy epi
 action is the expert's plus a disturbance held for a few steps, while the *recorded* action stays the
 expert's answer to the state it was pushed into (DART, Laskey et al. 2017): recoveries, not mistakes. Only `train`
 has noisy episodes.
+With `--styles several` each episode, of both splits, first goes a way to the left or to the right, and at a speed of
+its own: from the same observation different demonstrations go different ways, as human ones do.
 Episodes that the expert fails are dropped and replaced by the next seed.
 """
 
@@ -14,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from vla_energy.data import metaworld_env as mw
 from vla_energy.data.recording import (
@@ -35,10 +40,48 @@ from vla_energy.data.recording import (
 NOISE_STD = 0.6
 """Standard deviation of the disturbance of a noisy episode, in units of the action's range."""
 JPEG_QUALITY = 92
+STYLES = ("one", "several")
+_STYLE_STREAM = 1  # an episode's style is drawn apart from its disturbance
 LAYOUT = Layout({"image": (mw.IMAGE_SIZE, mw.IMAGE_SIZE, 3), "state": (mw.PROPRIO_DIM,)}, mw.ACTION_DIM)
 
 
-def record(recording: Recording) -> list[Episode]:
+@dataclass(frozen=True)
+class MetaWorldRecording(Recording):
+    """A `Recording` with `styles`: `one` way of solving the task, or `several`, drawn an episode."""
+
+    styles: str
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way of solving a task: first `steps` steps sideways, and all of it at `speed`.
+
+    Attributes:
+        sideways: x of the actions of the detour, raw; negative is to the left.
+        steps: its length.
+        speed: factor of the expert's translation.
+    """
+
+    sideways: float
+    steps: int
+    speed: float
+
+    @classmethod
+    def draw(cls, seed: int) -> Style:
+        """The style of an episode."""
+        rng = np.random.default_rng([seed, _STYLE_STREAM])
+        return cls(float(rng.choice([-0.9, 0.9])), int(rng.integers(8, 17)), float(rng.uniform(0.7, 1.0)))
+
+    def apply(self, action: np.ndarray, index: int) -> np.ndarray:
+        """The expert's `action (A,)` of step `index` in this style."""
+        action = action.copy()
+        if index < self.steps:
+            action[0] = self.sideways
+        action[:3] *= self.speed
+        return action
+
+
+def record(recording: MetaWorldRecording) -> list[Episode]:
     """Records one task in this process (one renderer per process, see `metaworld_env`).
 
     Returns:
@@ -48,10 +91,15 @@ def record(recording: Recording) -> list[Episode]:
         SimulatorError: the expert solves fewer episodes than asked in four times as many attempts.
     """
     world = mw.MetaWorld(recording.task)
-    return record_successes(recording, NOISE_STD, lambda seed, noise_std: _run_expert(world, seed, noise_std))
+    several = recording.styles == "several"
+    return record_successes(
+        recording,
+        NOISE_STD,
+        lambda seed, noise_std: _run_expert(world, seed, noise_std, Style.draw(seed) if several else None),
+    )
 
 
-def _run_expert(world: mw.MetaWorld, seed: int, noise_std: float) -> list[dict[str, Any]] | None:
+def _run_expert(world: mw.MetaWorld, seed: int, noise_std: float, style: Style | None) -> list[dict[str, Any]] | None:
     """One episode's steps, or None if the expert does not solve it within `MAX_STEPS`."""
     disturbance = Disturbance(seed, noise_std, mw.ACTION_DIM)
     instruction = mw.instruction(world.task)
@@ -60,6 +108,8 @@ def _run_expert(world: mw.MetaWorld, seed: int, noise_std: float) -> list[dict[s
     for index in range(mw.MAX_STEPS):
         noise = disturbance.at(index)
         action = world.expert_action()
+        if style is not None:
+            action = style.apply(action, index)
         observation = {"image": jpeg(world.render(), JPEG_QUALITY), "state": world.state()}
         steps.append(make_step(observation, action, instruction, first=index == 0))
         if world.step(action + noise):
@@ -77,6 +127,7 @@ def build(
     seed: int = 0,
     noise_share: float = 0.5,
     workers: int = 2,
+    styles: str = "one",
 ) -> str:
     """Records and writes an RLDS dataset; returns its folder.
 
@@ -89,16 +140,20 @@ def build(
         noise_share: share of disturbed episodes in `train`; `val` has none, as a chunk that answers disturbances
             to come cannot be foreseen and would hide how well a policy does.
         workers: simulator processes at a time.
+        styles: `one` or `several` ways of solving a task.
 
     Raises:
-        ValueError: unknown task names, one named twice, or a dataset of this name is there.
+        ValueError: unknown task names, one named twice, unknown `styles`, or a dataset of this name is there.
         SimulatorError: simulator or OpenGL missing, or an expert that fails too often.
     """
+    if styles not in STYLES:
+        raise ValueError(f"styles={styles!r}: expected one of {', '.join(STYLES)}")
     check_new(out, name)
     run_alone(mw.check_tasks, tasks)
-    splits = {"train": [Recording(task, episodes, seed, noise_share) for task in tasks]}
+    splits = {"train": [MetaWorldRecording(task, episodes, seed, noise_share, styles) for task in tasks]}
     if val_episodes:
-        splits["val"] = [Recording(task, val_episodes, seed + VAL_SEED_OFFSET, 0.0) for task in tasks]
+        held_out = (val_episodes, seed + VAL_SEED_OFFSET, 0.0, styles)
+        splits["val"] = [MetaWorldRecording(task, *held_out) for task in tasks]
     return record_dataset(out, name, LAYOUT, record, splits, workers, f"Tasks: {tasks}")
 
 
@@ -111,6 +166,7 @@ def main() -> None:
     parser.add_argument("--val-episodes", type=int, default=2, help="validation episodes a task")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--noise-share", type=float, default=0.5)
+    parser.add_argument("--styles", default="one", choices=STYLES, help="ways of solving a task (default one)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", required=True, help="data root; the dataset goes to OUT/NAME/1.0.0")
     args = parser.parse_args()
@@ -130,6 +186,7 @@ def _build(args: argparse.Namespace) -> str:
         seed=args.seed,
         noise_share=args.noise_share,
         workers=args.workers,
+        styles=args.styles,
     )
 
 
