@@ -70,3 +70,37 @@ def test_an_existing_dataset_is_not_reused(tmp_path: Path) -> None:
     (tmp_path / "metaworld_mine").mkdir()
     result = _record(tmp_path, "--tasks", "reach")
     assert result.returncode != 0 and "exists already" in result.stderr
+
+
+_LOOK_AHEAD = """
+import sys
+import numpy as np
+sys.path.insert(0, "benchmarks")
+from oracle_metaworld import OracleMetaWorld
+world, looks = OracleMetaWorld("drawer-close"), sys.argv[1] == "look"
+world.reset(3)
+seen, answers = [], []
+for _ in range(12):
+    seen.append(np.concatenate([world.render().ravel(), world.state().view(np.uint8)]))
+    if looks:
+        answers.append(world.extras()["expert"].reshape(-1, 4))
+    action = world.expert_action()
+    if looks:
+        np.testing.assert_array_equal(answers[-1][0], action)
+    world.step(action)
+    if len(answers) > 1:
+        np.testing.assert_array_equal(answers[-1][0], answers[-2][1])
+np.save(sys.argv[2], np.stack(seen))
+"""
+
+
+@pytest.mark.usefixtures("simulator")
+def test_looking_ahead_foretells_the_expert_and_leaves_the_world_as_it_was(tmp_path: Path) -> None:
+    for look in ("look", "plain"):
+        done = subprocess.run(
+            [sys.executable, "-c", _LOOK_AHEAD, look, str(tmp_path / look)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    seen, plain = np.load(tmp_path / "look.npy"), np.load(tmp_path / "plain.npy")
+    np.testing.assert_array_equal(seen, plain)
+    assert (seen[0] != seen[-1]).any()
