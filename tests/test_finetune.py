@@ -32,6 +32,7 @@ from vla_energy.config import (
 from vla_energy.data import DatasetError
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.energy import retrieve
 from vla_energy.finetune.evaluate import calibrated_gate
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.trainer import Trainer, rate_factor
@@ -383,10 +384,9 @@ def test_the_head_learns_from_retrieved_chunks_and_its_checkpoint_takes_the_memo
     raw = next(trainer.job.train.batches(4))
     with torch.no_grad():
         output = trainer.job.vla(trainer.job.to_batch(raw))
-    found = trainer._retrieve(output, raw["episode"])
-    expected = trainer.memory.nearest(
-        output.context, output.context_mask, output.actions, 3, torch.tensor(raw["episode"])
-    )
+    seen = (output.context, output.context_mask, output.actions)
+    found = retrieve(trainer.memory, config, *seen, raw["episode"])
+    expected = trainer.memory.nearest(*seen, 3, torch.tensor(raw["episode"]))
     assert found is not None and torch.equal(found, expected.chunks)
     assert not (expected.episodes == torch.tensor(raw["episode"])[:, None]).any()
     trains = dataclasses.replace(energy, freeze_backbone=False)

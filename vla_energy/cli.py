@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 COMMANDS = {
+    "cache": ("vla_energy.finetune.cache_command", "run the frozen policy once over a dataset, to train heads from"),
     "doctor": ("vla_energy.doctor.command", "what silently breaks a policy: attention, vision, statistics, versions"),
     "memory": ("vla_energy.finetune.remember", "remember the training set beside a checkpoint, for retrieval"),
     "patch": (
@@ -24,6 +25,7 @@ COMMANDS = {
         "vla_energy.preflight.command",
         "will reranking or retrieval help? a verdict from held-out data",
     ),
+    "train-head": ("vla_energy.finetune.head_command", "train energy heads from a feature cache"),
     "rollout": ("vla_energy.rollout.command", "closed-loop episodes of a checkpoint, arms paired by seed"),
 }
 """Subcommand -> its module, and one line of help."""

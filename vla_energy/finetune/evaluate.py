@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from vla_energy.actions import DatasetStatistics
 from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.calibrate import calibrate_margin
 from vla_energy.candidates import noise_scale
@@ -21,14 +22,14 @@ from vla_energy.head import EnergyHead
 from vla_energy.monitors import Batch, RankingReport, evaluate_ranking
 from vla_energy.rerank import choose
 
-_MIN_BATCH = 16  # in-batch negatives need company
+MIN_BATCH = 16  # in-batch negatives need company
 
 
 RISK = 0.1
 """At most this share of the choices that the calibrated gate accepts is worse than the policy's (confidence 0.9)."""
 
 
-class _Frames:
+class HeldOutFrames:
     """The policy's error on the frames seen, and the episode of each."""
 
     def __init__(self) -> None:
@@ -36,6 +37,7 @@ class _Frames:
         self.episodes: list[torch.Tensor] = []
 
     def add(self, errors: torch.Tensor, episodes: np.ndarray) -> None:
+        """Errors `(B,H,A)` and episodes `(B,)` of a batch."""
         self.errors.append(errors.mean(dim=(1, 2)).cpu())
         self.episodes.append(torch.tensor(episodes))
 
@@ -47,17 +49,27 @@ def evaluate(job: Job, split: RldsDataset, head: EnergyHead | None, config: Fine
         `finetune`: `l1_val` (normalised units) and `frames`; with a head also `energy` and `rerank`, see
         `monitors.RankingReport`, and `gate`, see `calibrated_gate`.
     """
-    frames = _Frames()
-    batches = held_out(job, split, config, frames)
+    frames = HeldOutFrames()
+    return summarise(head, held_out(job, split, config, frames), frames, job.statistics, config)
+
+
+def summarise(
+    head: EnergyHead | None,
+    batches: Iterable[Batch],
+    frames: HeldOutFrames,
+    statistics: DatasetStatistics,
+    config: FinetuneConfig,
+) -> dict[str, Any]:
+    """What `evaluate` returns, of batches that add to `frames` as they are drawn."""
     report = None
     if head is None:
         for _ in batches:
             pass
     else:
-        gripper = [dim for dim, normalised in enumerate(job.statistics.action.mask) if not normalised]
+        gripper = [dim for dim, normalised in enumerate(statistics.action.mask) if not normalised]
         generator = torch.Generator().manual_seed(config.seed)
         report = evaluate_ranking(
-            head, batches, config.energy, generator, gripper_dims=gripper, scale=noise_scale(job.statistics)
+            head, batches, config.energy, generator, gripper_dims=gripper, scale=noise_scale(statistics)
         )
     errors = torch.cat(frames.errors)
     result: dict[str, Any] = {"finetune": {"l1_val": float(errors.mean()), "frames": len(errors)}}
@@ -100,10 +112,10 @@ def calibrated_gate(report: RankingReport, episodes: torch.Tensor) -> dict[str, 
     }
 
 
-def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: _Frames) -> Iterator[Batch]:
+def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: HeldOutFrames) -> Iterator[Batch]:
     """Batches for `evaluate_ranking`; the policy in eval mode, its images cropped if it was trained with crops."""
     deadline = time.monotonic() + config.val_time_limit
-    size = min(max(config.batch_size, _MIN_BATCH), split.num_frames)
+    size = min(max(config.batch_size, MIN_BATCH), split.num_frames)
     job.vla.eval()
     generator, candidates = torch.Generator().manual_seed(config.seed), config.energy.candidates
     count = candidates.samples if config.energy.enabled else 0

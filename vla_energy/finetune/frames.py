@@ -5,7 +5,7 @@ Memories are built from it, preflight measures on it, heads are trained on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.backbones.diffusion import starting_noise
 from vla_energy.backbones.film import has_film
+from vla_energy.backbones.openvla import LayerExits
 from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.config import CandidatesConfig, EnergyConfig
 from vla_energy.crops import crop_chunks
 from vla_energy.data import DatasetError
 from vla_energy.finetune.config import FinetuneConfig
-from vla_energy.finetune.setup import open_split, policy_statistics, prepare, vla_folder
+from vla_energy.finetune.setup import autocast, open_split, policy_statistics, prepare, vla_folder
+from vla_energy.finetune.setup import data_root as data_root_of
 
 _SEED_STRIDE = 1_000_003  # keeps the crops of neighbouring seeds apart
 
@@ -39,6 +41,7 @@ class PolicyFrames:
         crops: `(B,K,H,A)` the policy's chunks for K crops of the images, or None where none were asked for.
         samples: `(B,K,H,A)` K more chunks of a policy that chunks are drawn from (discrete tokens, diffusion), or None
             where none were asked for.
+        steps: `(B,)` int64, place of each frame in its stored episode.
     """
 
     context: Tensor
@@ -49,6 +52,7 @@ class PolicyFrames:
     instructions: list[str]
     crops: Tensor | None = None
     samples: Tensor | None = None
+    steps: Tensor | None = None
 
     @property
     def policy(self) -> Tensor:
@@ -66,8 +70,11 @@ class FrameReader:
             under the dataset's name. Never the dataset's own: a checkpoint's actions mean what it was trained on.
         device: of the policy.
         seed: of the order of frames.
+        precision: "fp32", or "bf16" for autocast, as in the fine-tuning.
+        layer_exits: how inner layers are decoded, see `OpenVLA.forward`.
 
     Attributes:
+        folder, data_root: of the checkpoint, and of the datasets.
         vla: the policy, in eval mode.
         statistics: in which actions are normalised.
         device: of the policy.
@@ -87,9 +94,11 @@ class FrameReader:
         statistics_of: str | None = None,
         device: str = "cpu",
         seed: int = 0,
+        precision: str = "fp32",
+        layer_exits: LayerExits = "raw",
     ) -> None:
         config = FinetuneConfig(
-            vla_path=checkpoint, data_root_dir=data_root, dataset_name=dataset, precision="fp32", seed=seed,
+            vla_path=checkpoint, data_root_dir=data_root, dataset_name=dataset, precision=precision, seed=seed,
             device=device, image_aug=False, energy=EnergyConfig(freeze_backbone=True),
         )  # fmt: skip
         folder = vla_folder(config)
@@ -104,6 +113,8 @@ class FrameReader:
         config.num_diffusion_steps_train = stored.num_diffusion_steps_train
         config.energy.negatives.samples.steps = 1  # nothing is trained, and T may be small
         self._job, self._config, self._crop = prepare(config), config, stored.center_crop
+        self._layer_exits: LayerExits = layer_exits
+        self.folder, self.data_root = folder, data_root_of(config)
         self.vla: LoadedVLA = self._job.vla.eval()
         self.device = self._job.device
         self.num_images, self.proprio_dim = (
@@ -118,7 +129,8 @@ class FrameReader:
         max_frames: int | None = None,
         batch_size: int = 32,
         candidates: CandidatesConfig | None = None,
-    ) -> Iterator[PolicyFrames]:
+        skip: int = 0,
+    ) -> Generator[PolicyFrames, None, None]:
         """The frames of a split in random order, each once, at most `max_frames` of them.
 
         Args:
@@ -129,6 +141,7 @@ class FrameReader:
                 the reader's seed and on the frame's place in the order; the policy then reads so many more rows. With
                 `samples`, the frames of a policy that chunks are drawn from have so many more chunks, drawn likewise; a
                 diffusion policy's own sample depends on seed and place, too.
+            skip: batches to leave out at the start, which count as read; what follows is the same as without.
 
         Raises:
             DatasetError: no such split.
@@ -137,13 +150,29 @@ class FrameReader:
         if candidates and candidates.samples and not (self.vla.diffuses or self.vla.discrete):
             raise ValueError(f"candidates.samples={candidates.samples}: an L1 head has one chunk")
         data = open_split(self._config, self.vla, split, self.statistics)
-        left = most = data.num_frames if max_frames is None else max_frames
-        for raw in data.batches(min(batch_size, data.num_frames), repeat=False, drop_last=False):
+        most = data.num_frames if max_frames is None else max_frames
+        size = min(batch_size, data.num_frames)
+        left = most - skip * size
+        for raw in data.batches(size, repeat=False, drop_last=False, skip=skip):
             if left <= 0:
                 return
             generators = self._generators(most - left, len(raw["actions"]))
             yield self._run(raw, left, generators, candidates or CandidatesConfig())
             left -= len(raw["actions"])
+
+    def frames(self, split: str) -> int:
+        """Frames of a split."""
+        return open_split(self._config, self.vla, split, self.statistics).num_frames
+
+    def tokens(self, split: str, frames: int = 64) -> float:
+        """Mean number of context tokens of a split's first `frames` in random order, told without the policy."""
+        data = open_split(self._config, self.vla, split, self.statistics)
+        raw = next(data.batches(min(frames, data.num_frames), repeat=False))
+        texts = raw["instructions"]
+        # The last token of the prompt predicts the first action: it is not context.
+        prompts = sum(len(self.vla.processor.prompt_ids(text)) - 1 for text in texts) / len(texts)
+        patches = self.vla.backbone.vision_backbone.num_patches * self.num_images
+        return patches + (self.proprio_dim > 0) + prompts
 
     def _generators(self, first: int, rows: int) -> list[torch.Generator]:
         seeds = (self._config.seed * _SEED_STRIDE + first + row for row in range(rows))
@@ -165,7 +194,8 @@ class FrameReader:
         drawing = generators[:rows]
         if self.vla.diffuses:
             noise, generators = starting_noise(generators, candidates.samples, self.vla.horizon, self.vla.action_dim)
-        output = self.vla(batch, noise=noise)
+        with autocast(self._config, self.device):
+            output = self.vla(batch, self._layer_exits, noise)
         crops = self._crops(raw, rows, generators, candidates) if candidates.crops else None
         assert output.layer_actions is not None
         samples = None if output.samples is None else output.samples[:rows]
@@ -182,4 +212,5 @@ class FrameReader:
             list(raw["instructions"])[:rows],
             crops,
             samples,
+            torch.tensor(raw["step"], dtype=torch.int64)[:rows],
         )

@@ -19,6 +19,7 @@ from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.data import DatasetError, RldsDataset, dataset_config
 from vla_energy.data.augment import center_crop
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
+from vla_energy.finetune.energy import PolicyShape
 from vla_energy.head import EnergyHead
 
 logger = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ def layer_exits(config: FinetuneConfig) -> LayerExits:
     return "normed" if config.energy.negatives.layer_exits.normed else "raw"
 
 
-def make_head(config: FinetuneConfig, vla: LoadedVLA) -> EnergyHead:
+def make_head(config: FinetuneConfig, vla: PolicyShape) -> EnergyHead:
     """The energy head, fp32; drawing its weights leaves the global random state alone."""
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)

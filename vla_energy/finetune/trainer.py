@@ -18,9 +18,9 @@ from vla_energy.backbones.tokens import sample_chunks, token_loss, token_metrics
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.diffusion import noise_loss, observe, say_samples
+from vla_energy.finetune.energy import HeadTraining, check_head_sources, l1_metrics, load_memory, retrieve
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
-from vla_energy.finetune.monitor import Monitor
 from vla_energy.finetune.rollouts import RolloutStream
 from vla_energy.finetune.setup import (
     Batch,
@@ -32,11 +32,7 @@ from vla_energy.finetune.setup import (
     prepare,
     vla_folder,
 )
-from vla_energy.guard import GuardedOptimizer
-from vla_energy.memory import PREFIX, ChunkMemory, check_memory
-from vla_energy.objective import EnergyObjective
 from vla_energy.outcomes import RolloutFrames
-from vla_energy.sources import ActionTraits, check_sources
 
 logger = logging.getLogger(__name__)
 
@@ -67,53 +63,21 @@ class Trainer:
         self.head = self.guard = self.objective = self.monitor = None
         self.gate: dict[str, Any] | None = None  # of the last validation; its margin goes into the head's file
         self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives alone
+        self.training: HeadTraining | None = None
         if config.energy.enabled:
             self.head = make_head(config, self.job.vla).to(self.job.device)
-            traits = self._check_sources()
-            self.objective = EnergyObjective(self.head, config.energy, traits)
-            self.guard = GuardedOptimizer.adamw(
-                self.head.parameter_groups(),
-                config.energy_learning_rate * config.energy.guard.lr_factor,
-                config.energy.guard,
-                config.energy_warm_steps,
-            )
-            self.monitor = Monitor(config.energy.monitor, self.objective, self.guard)
-        self.memory = self._load_memory()
+            traits = check_head_sources(config, self.job.vla, self.job.statistics)
+            if self.job.vla.diffuses:
+                say_samples(config)
+            self.training = HeadTraining(self.head, config, traits, self.generator)
+            self.objective, self.guard, self.monitor = (
+                self.training.objective, self.training.guard, self.training.monitor,
+            )  # fmt: skip
+        self.memory = load_memory(config, vla_folder(config), self.job.vla)
         self.step = 0
         torch.manual_seed(config.seed)
         if config.resume:
             checkpoints.resume(self)
-
-    def _load_memory(self) -> ChunkMemory | None:
-        """The memory beside the policy's checkpoint, where that policy stays as it is; checkpoints take it along."""
-        config, folder = self.config, vla_folder(self.config)
-        wanted = config.energy.enabled and config.energy.negatives.retrieved.count > 0
-        if wanted and self.trains_policy:
-            raise FlagError(
-                "--energy.negatives.retrieved.count needs --energy.freeze_backbone True: a memory holds what the "
-                "finished policy makes of the training set; fine-tune first, then vla-energy memory, then the head"
-            )
-        there = any(folder.glob(f"{PREFIX}*"))
-        if wanted and not there:
-            raise FlagError(f"--energy.negatives.retrieved.count: {folder} has no memory: run vla-energy memory first")
-        if self.trains_policy or not there:
-            return None
-        memory = ChunkMemory.load(folder)
-        check_memory(memory, self.job.vla.horizon, self.job.vla.action_dim, self.job.vla.context_dim)
-        return memory
-
-    def _check_sources(self) -> ActionTraits:
-        """Says what the sources of negatives cannot do with this batch size, model and data."""
-        config, vla = self.config, self.job.vla
-        traits = ActionTraits.of(self.job.statistics)
-        shape = (config.batch_size, vla.num_exits, vla.horizon, vla.action_dim)
-        loss = config.energy.loss
-        asked = loss.margin_sources if loss.margin else ()
-        for warning in check_sources(config.energy.negatives, *shape, traits, asked):
-            logger.warning("%s", warning)
-        if vla.diffuses:
-            say_samples(config)
-        return traits
 
     def run(self) -> dict[str, Any]:
         """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics."""
@@ -182,11 +146,8 @@ class Trainer:
             metrics["energy/ms"] = 1e3 * (time.perf_counter() - started)  # of the host's time: a GPU works on behind it
         if self.optimizer is not None:
             self._step_policy()
-        if self.guard is not None:
-            metrics.update(self.guard.step().metrics())
-        if self.monitor is not None and seen is not None:
-            self.monitor.add(metrics)
-            metrics.update(self.monitor.judge(self.step + 1, seen))
+        if self.training is not None:
+            self.training.step(self.step, seen, metrics)
         return metrics
 
     def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput | None:
@@ -206,7 +167,7 @@ class Trainer:
             metrics["train/cross_entropy"] = loss.detach()
         if self.trains_policy:
             (loss / self.config.grad_accumulation_steps).backward()
-        metrics.update(_l1_metrics(output, batch))
+        metrics.update(l1_metrics(output.actions, batch["actions"]))
         return output
 
     def _forward_diffusion(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput | None:
@@ -220,7 +181,7 @@ class Trainer:
         if (self.step + 1) % config.diffusion_sample_freq == 0:
             # A generator of its own: the negatives are drawn as if nothing were measured.
             own = torch.Generator().manual_seed(config.seed + self.step)
-            metrics.update(_l1_metrics(observe(job, batch, config, own, 0), batch))
+            metrics.update(l1_metrics(observe(job, batch, config, own, 0).actions, batch["actions"]))
         if self.objective is None:
             return None
         samples = config.energy.negatives.samples
@@ -235,25 +196,15 @@ class Trainer:
         rollouts: RolloutFrames | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Forward and backward of the objective; adds its metrics and returns what it saw."""
-        if self.objective is None or output is None:
+        if self.training is None or output is None:
             return None
         assert output.layer_actions is not None
         layers = output.layer_actions.detach().float()
         seen = (output.context.detach(), output.context_mask, batch["actions"], layers)
-        retrieved = self._retrieve(output, episodes)
+        retrieved = retrieve(self.memory, self.config, output.context, output.context_mask, output.actions, episodes)
         drawn = output.samples if output.token_logits is None else self._sample(output)
-        loss, energy = self.objective(*seen, self.generator, self.step, retrieved, rollouts, drawn)
-        (loss / self.config.grad_accumulation_steps).backward()
-        metrics.update(energy)
+        self.training.backward(seen, self.step, metrics, retrieved, rollouts, drawn)
         return seen
-
-    def _retrieve(self, output: VLAOutput, episodes: Any) -> Tensor | None:
-        """`(B,K,H,A)` chunks of the nearest frames of other episodes, where the objective wants them."""
-        count = self.config.energy.negatives.retrieved.count
-        if self.memory is None or not count:
-            return None
-        exclude = torch.tensor(episodes)
-        return self.memory.nearest(output.context, output.context_mask, output.actions, count, exclude).chunks
 
     def _sample(self, output: VLAOutput) -> Tensor | None:
         """`(B,K,H,A)` more chunks of a policy with discrete tokens, where the objective wants them."""
@@ -273,12 +224,6 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def _l1_metrics(output: VLAOutput, batch: Batch) -> dict[str, Tensor | float]:
-    errors = (output.actions.float() - batch["actions"]).abs().detach()
-    rest = errors[:, 1:].mean() if errors.shape[1] > 1 else errors.mean()
-    return {"train/l1": errors.mean(), "train/l1_current": errors[:, 0].mean(), "train/l1_next": rest}
 
 
 def rate_factor(config: FinetuneConfig, step: int) -> float:

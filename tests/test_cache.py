@@ -1,0 +1,382 @@
+"""The feature cache: what is in it, that a build goes on and mends, what is refused; heads from it equal the online."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from vla_energy.cache import CachedFrames, CacheError, FeatureCache, Manifest, frame_bytes, pack
+from vla_energy.checkpoint import load_head
+from vla_energy.cli import main
+from vla_energy.config import EnergyConfig, LossConfig
+from vla_energy.finetune import cached, features, head_runs
+from vla_energy.finetune.cached import CachedTraining, shuffled
+from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.features import CacheBuilder, CacheOptions, patch_grid, pool_patches
+from vla_energy.finetune.frames import FrameReader
+from vla_energy.finetune.head_runs import check_made_of, parse_energy
+from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.finetune.trainer import Trainer
+from vla_energy.rollout.policy import load_policy
+
+DATASET, FRAMES, BATCH, SEED = "metaworld_demo", 28, 4, 7
+
+
+class Killed(Exception):
+    pass
+
+
+def _builder(checkpoint: Path, out: Path, root: str | Path = "embedded", **changes: Any) -> CacheBuilder:
+    options = {"dtype": "fp32", "batch_size": BATCH, "shard_frames": 8, "max_frames": FRAMES} | changes
+    return CacheBuilder(str(checkpoint), str(root), DATASET, out, CacheOptions(**options), seed=SEED)
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def built(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("caches") / "cache"
+    _builder(tiny_folder, folder).build()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(built: Path) -> FeatureCache:
+    return FeatureCache(built)
+
+
+@pytest.fixture
+def copied(built: Path, tmp_path: Path) -> Path:
+    shutil.copytree(built, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def _spoil(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def _shards(folder: Path) -> list[Path]:
+    return sorted(folder.glob("features-*"))
+
+
+def test_frames_are_the_readers(tiny_folder: Path, cache: FeatureCache, built: Path) -> None:
+    reader = FrameReader(str(tiny_folder), "embedded", DATASET, seed=SEED)
+    batches = list(reader.read("train", FRAMES, BATCH))
+    assert len(cache) == FRAMES == sum(len(batch.expert) for batch in batches) and len(_shards(built)) == 4
+    assert cache.statistics.to_dict() == reader.statistics.to_dict()
+    for index, batch in enumerate(batches):
+        found = cache.batch(range(index * BATCH, (index + 1) * BATCH))
+        assert torch.equal(found.context_mask, batch.context_mask)
+        assert torch.equal(found.context, batch.context.masked_fill(~batch.context_mask[..., None], 0.0))
+        assert torch.equal(found.expert, batch.expert) and torch.equal(found.layer_actions, batch.layer_actions)
+        assert torch.equal(found.episodes, batch.episodes) and batch.steps is not None
+        assert torch.equal(found.steps, batch.steps)
+    mixed = [27, 3, 9]
+    assert torch.equal(cache.batch(mixed).expert, torch.cat([batch.expert for batch in batches])[mixed])
+    assert torch.equal(cache.batch(mixed).episodes, cache.episodes[mixed])
+    with pytest.raises(IndexError, match="frame 28: the cache has 28"):
+        cache.batch([28])
+    lengths = torch.cat([batch.context_mask.sum(1) for batch in batches]).double()
+    assert reader.tokens("train", FRAMES) == float(lengths.mean())
+
+
+def test_a_mask_with_holes_survives_and_bf16_halves_the_context() -> None:
+    mask = torch.tensor([[True, False, True, False], [True, True, True, True]])
+    context = torch.arange(2 * 4 * 3.0).view(2, 4, 3).masked_fill(~mask[..., None], float("nan"))
+    frames = CachedFrames(context, mask, *(torch.zeros(2, *shape) for shape in ((8, 4), (5, 8, 4), (), ())))
+    full, half = (pack([frames], dtype) for dtype in ("fp32", "bf16"))
+    assert full[1]["tokens"] == half[1]["tokens"] == 3 + 4, "cut after the last valid token"
+    assert len(full[0]) - len(half[0]) == 7 * 3 * 2
+    header = 8 + int.from_bytes(full[0][:8], "little")
+    assert len(full[0]) - header == pytest.approx(2 * frame_bytes(3.5, 3, 5, 8, 4, "fp32") - 2 * 2 * 4), (
+        "episodes and steps are fp32 in this test"
+    )
+
+
+def test_the_size_is_told_before(tiny_folder: Path, built: Path, tmp_path: Path) -> None:
+    builder = _builder(tiny_folder, tmp_path / "none")
+    written = sum(path.stat().st_size for path in _shards(built))
+    assert written - 4 * 1200 < builder.size < written * 1.02
+    assert "28 frames of" in builder.describe() and "in 4 shards" in builder.describe()
+    assert not (tmp_path / "none").exists()
+
+
+def test_killed_and_torn_builds_go_on_to_the_same_bytes(tiny_folder: Path, built: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+
+    def kill(index: int) -> None:
+        if index == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        _builder(tiny_folder, out).build(kill)
+    _spoil(_shards(out)[1])
+    (out / ".partial-of-a-kill").write_bytes(b"half")
+    with pytest.raises(CacheError, match="2 of 4 shards .* missing or damaged, features-00001"):
+        FeatureCache(out)
+    written: list[int] = []
+    builder = _builder(tiny_folder, out)
+    assert builder.todo == [1, 3] and builder.left == pytest.approx(builder.size * 12 / 28)
+    builder.build(written.append)
+    (out / ".partial-of-a-kill").unlink()
+    assert written == [1, 3] and _bytes(out) == _bytes(built)
+    assert _builder(tiny_folder, out).todo == []
+
+
+def test_the_command_in_the_message_mends_a_torn_shard(copied: Path, built: Path) -> None:
+    _spoil(_shards(copied)[3])
+    _shards(copied)[0].unlink()
+    with pytest.raises(CacheError, match="this command builds them") as caught:
+        FeatureCache(copied)
+    command = shlex.split(str(caught.value).partition("leaves the others: ")[2])
+    assert command[:2] == ["vla-energy", "cache"]
+    assert main(command[1:]) == 0 and _bytes(copied) == _bytes(built)
+
+
+def test_a_full_disk_stops_with_what_is_left(
+    tiny_folder: Path, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, usage = tmp_path / "cache", namedtuple("usage", "free")
+    builder = _builder(tiny_folder, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(features.shutil, "disk_usage", lambda _: usage(1000))
+        with pytest.raises(CacheError, match=r"1 kB free, too little. Left to do: 28 of 28 frames, 4 of 4 shards"):
+            builder.build()
+    assert not out.exists()
+    sync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if (out / "features-00000-of-00004.safetensors").exists() and (out / "cache.json").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(CacheError, match="No space left.*Left to do: 20 of 28 frames, 3 of 4 .*vla-energy cache "):
+            builder.build()
+    assert len(calls) > 1 and sorted(_bytes(out)) == ["cache.json", "features-00000-of-00004.safetensors"]
+    _builder(tiny_folder, out).build()
+    assert _bytes(out) == _bytes(built)
+
+
+def _changed(folder: Path, out: Path, name: str) -> Path:
+    shutil.copytree(folder, out)
+    path = next(out.glob(name))
+    if name.endswith(".json"):
+        data = json.loads(path.read_text())
+        next(iter(data.values()))["action"]["q99"][0] += 0.5
+        path.write_text(json.dumps(data))
+    else:
+        _spoil(path)
+    return out
+
+
+def test_another_checkpoint_dataset_or_normalisation_is_refused(
+    tiny_folder: Path, cache: FeatureCache, built: Path, tmp_path: Path
+) -> None:
+    check_made_of(cache)
+    check_made_of(cache, str(shutil.copytree(tiny_folder, tmp_path / "moved")), str(EMBEDDED_DATA))
+    trained = _changed(tiny_folder, tmp_path / "trained", "model*.safetensors")
+    with pytest.raises(CacheError, match="another checkpoint.*build a cache of these: vla-energy cache"):
+        check_made_of(cache, str(trained))
+    scaled = _changed(tiny_folder, tmp_path / "scaled", "dataset_statistics.json")
+    with pytest.raises(CacheError, match="other normalisation statistics"):
+        check_made_of(cache, str(scaled))
+    with pytest.raises(CacheError, match="is not there; say with --checkpoint"):
+        check_made_of(cache, str(tmp_path / "gone"))
+    root = tmp_path / "data"
+    shutil.copytree(EMBEDDED_DATA / DATASET, root / DATASET)
+    check_made_of(cache, root=str(root))
+    _spoil(next(root.rglob("*.tfrecord*")))
+    with pytest.raises(CacheError, match="another dataset"):
+        check_made_of(cache, root=str(root))
+    before = _bytes(built)
+    with pytest.raises(CacheError, match=r"made otherwise: the checkpoint .*the normalisation statistics; name anothe"):
+        _builder(scaled, built)
+    with pytest.raises(CacheError, match=r"made otherwise: dtype \(fp32, here bf16\); name another --out"):
+        _builder(tiny_folder, built, dtype="bf16")
+    assert _bytes(built) == before
+
+
+def test_a_head_beside_the_policy_does_not_make_another_checkpoint(
+    tiny_folder: Path, cache: FeatureCache, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folder, tmp_path / "with-head"))
+    (folder / "energy_head--3_checkpoint.safetensors").write_bytes(b"a head")
+    (folder / "chunk_memory--0_checkpoint.safetensors").write_bytes(b"a memory")
+    check_made_of(cache, str(folder))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": "else", "version": 1}', '{"format": 3}'])
+def test_a_broken_manifest_is_told(copied: Path, text: str) -> None:
+    (copied / "cache.json").write_text(text)
+    with pytest.raises(CacheError, match="cache.json is damaged or of another version"):
+        FeatureCache(copied)
+    (copied / "cache.json").unlink()
+    with pytest.raises(CacheError, match="is no feature cache"):
+        Manifest.read(copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "fp16"}, "--dtype='fp16': expected one of bf16, fp32"),
+        ({"shard_frames": 10, "batch_size": 4}, "--shard-frames=10: expected a multiple of --batch-size 4"),
+        ({"max_frames": 0}, "--max-frames=0"),
+        ({"pool": 0}, "--pool=0"),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CacheOptions(**changes)
+
+
+# --- training from it ---
+
+
+def _config(checkpoint: Path, runs: Path, energy: EnergyConfig | None = None, **changes: Any) -> FinetuneConfig:
+    return FinetuneConfig(
+        vla_path=str(checkpoint), run_root_dir=runs, run_id_override="run", use_proprio=True, image_aug=False,
+        use_lora=False, precision="fp32", batch_size=BATCH, max_steps=FRAMES // BATCH, seed=SEED, wandb_log_freq=1,
+        device="cpu", energy_warm_steps=3, energy=energy or EnergyConfig(freeze_backbone=True), **changes,
+    )  # fmt: skip
+
+
+def _weights(head: torch.nn.Module | None) -> dict[str, Tensor]:
+    assert head is not None
+    return {name: value.detach().clone() for name, value in head.state_dict().items()}
+
+
+def _rows(runs: Path) -> list[dict[str, float]]:
+    rows = [json.loads(row) for row in (runs / "run" / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key not in ("frames_per_second", "energy/ms")} for row in rows]
+
+
+def test_the_head_is_that_of_the_online_training(tiny_folder: Path, cache: FeatureCache, tmp_path: Path) -> None:
+    online = Trainer(_config(tiny_folder, tmp_path / "online"))
+    start = _weights(online.head)
+    online.run()
+    offline = CachedTraining(_config(tiny_folder, tmp_path / "offline"), cache)
+    offline.run(torch.arange(FRAMES).split(BATCH))
+    expected, found = _weights(online.head), _weights(offline.head)
+    assert any(not torch.equal(start[name], expected[name]) for name in start)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0, msg=name)
+    assert offline.training.guard.counters == online.training.guard.counters if online.training else False
+    theirs, ours = _rows(tmp_path / "online"), _rows(tmp_path / "offline")
+    assert [row.keys() for row in theirs] == [row.keys() for row in ours] and len(ours) == FRAMES // BATCH
+    for their, our in zip(theirs, ours, strict=True):
+        assert our == pytest.approx(their, rel=1e-4, abs=1e-5)
+    other = CachedTraining(_config(tiny_folder, tmp_path / "other"), cache)
+    other.run(torch.arange(FRAMES).flip(0).split(BATCH))
+    assert any((_weights(other.head)[name] - value).abs().max() > 1e-4 for name, value in expected.items())
+
+
+def test_every_epoch_has_each_frame_once_in_another_order() -> None:
+    batches = shuffled(10, 4, 0)
+    rows = torch.cat([next(batches) for _ in range(5)])
+    first, second = rows[:10].tolist(), rows[10:].tolist()
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    again, other = (torch.cat([next(more) for _ in range(5)]) for more in (shuffled(10, 4, 0), shuffled(10, 4, 1)))
+    assert torch.equal(again, rows) and not torch.equal(other, rows)
+
+
+def test_several_presets_make_checkpoints_that_rollouts_take(
+    tiny_folder: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = tmp_path / "val"
+    _builder(tiny_folder, held_out, split="val", shard_frames=20, max_frames=40).build()
+    out = tmp_path / "heads"
+    flags = ["train-head", "--cache", str(built), "--out", str(out), "--batch-size", "8", "--epochs", "1.5"]
+    more = ["--val-cache", str(held_out), "--presets", "stage1,recommended", "--energy.loss.listwise", "0.25"]
+    assert main([*flags, *more]) == 0
+    assert '"spearman"' in capsys.readouterr().out
+    for name in ("stage1", "recommended"):
+        assert "rerank" in load_policy(str(out / name)).arms
+        head = load_head(out / name)
+        assert head.step == 6 and head.config.freeze_backbone and head.config.loss.listwise == 0.25
+        assert head.config.range == EnergyConfig.preset(name).range and "gate_margin" not in head.extra
+        rows = [json.loads(row) for row in (out / name / "metrics.jsonl").read_text().splitlines()]
+        assert rows[-1]["step"] == 6 and "val/rerank/l1_oracle" in rows[-1]
+    assert main([*flags, *more]) == 2 and "stage1 is not empty" in capsys.readouterr().err
+    wrong = [*flags[:4], str(tmp_path / "wrong")]
+    for extra, message in (
+        (["--presets", "stage9"], "--presets='stage9': expected one of original, stage1"),
+        (["--energy.loss.listwise", "much"], "listwise"),
+        (["--energy.loss.listwize", "1"], "--energy.loss.listwize"),
+        (["--epochs", "2", "--max-steps", "3"], "leave one out"),
+        (["--energy.negatives.layer_exits.normed", "True"], "build one with --layer-exits normed"),
+        (["--energy.rollouts.dataset", "some", "--max-steps", "1"], "a cache has no recorded rollouts"),
+    ):
+        assert main([*wrong, *extra]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+    cached.link_policy(tiny_folder, tmp_path / "val", copy=True)
+    assert not (tmp_path / "val" / "config.json").is_symlink()
+
+
+def test_a_held_out_cache_made_otherwise_is_refused(
+    tiny_folder: Path, cache: FeatureCache, copied: Path, tmp_path: Path
+) -> None:
+    manifest = Manifest.read(copied)
+    manifest.options["precision"] = "bf16"
+    manifest.write(copied)
+    with pytest.raises(CacheError, match=r"was not made as .*precision \(fp32, here bf16\)"):
+        CachedTraining(_config(tiny_folder, tmp_path), cache, FeatureCache(copied))
+
+
+def test_settings_of_a_preset_and_flags() -> None:
+    energy = parse_energy({"loss": {"margin": 1.0, "margin_sources": ["in_batch"]}}, {"energy.loss.listwise": "0.5"})
+    assert energy.freeze_backbone
+    assert energy.loss == LossConfig(margin=1.0, margin_sources=("in_batch",), listwise=0.5)
+    with pytest.raises(FlagError, match="margin"):
+        parse_energy({}, {"energy.loss.margin": "-1"})
+    assert head_runs.PRESETS
+
+
+# --- pooled patches ---
+
+
+def test_pooled_patches_are_means_of_squares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows, grid, images, dim = 3, 4, 2, 5
+    length = 1 + images * grid**2 + 6
+    context = torch.randn(rows, length, dim, generator=generator)
+    mask = torch.arange(length)[None] < torch.tensor([[length], [length - 2], [length - 5]])
+    pooled, pooled_mask = pool_patches(context, mask, grid, images, 2)
+    expected = [context[:, :1]]
+    for image in range(images):
+        patches = context[:, 1 + image * grid**2 :][:, : grid**2].view(rows, grid, grid, dim)
+        expected += [patches[:, r : r + 2, c : c + 2].mean((1, 2))[:, None] for r in (0, 2) for c in (0, 2)]
+    expected.append(context[:, 1 + images * grid**2 :])
+    torch.testing.assert_close(pooled, torch.cat(expected, 1))
+    assert torch.equal(pooled_mask.sum(1), mask.sum(1) - images * 12)
+    with pytest.raises(ValueError, match=r"--pool=3: expected one of \[1, 2, 4\]: an image has 4 x 4 patches"):
+        patch_grid(16, 3)
+    with pytest.raises(ValueError, match="no square"):
+        patch_grid(15, 2)
+
+
+def test_a_pooled_cache_is_as_large_as_told(tiny_folder: Path, built: Path, tmp_path: Path) -> None:
+    builder = _builder(tiny_folder, tmp_path / "pooled", pool=2, max_frames=8)
+    builder.build()
+    pooled, whole = FeatureCache(tmp_path / "pooled").batch(range(8)), FeatureCache(built).batch(range(8))
+    patches = FrameReader(str(tiny_folder), "embedded", DATASET).vla.backbone.vision_backbone.num_patches
+    assert torch.equal(pooled.context_mask.sum(1), whole.context_mask.sum(1) - patches * 3 // 4)
+    assert torch.equal(pooled.expert, whole.expert) and torch.equal(pooled.context[:, 0], whole.context[:, 0])
+    assert abs(FeatureCache(tmp_path / "pooled").nbytes - builder.size) < 0.1 * builder.size
