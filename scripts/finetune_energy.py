@@ -1,6 +1,7 @@
 """Fine-tunes an OpenVLA(-OFT) checkpoint with an energy head. With no arguments: the tiny one that ships with us.
 
 python scripts/finetune_energy.py --vla_path DIR --data_root_dir DIR --dataset_name libero_spatial_no_noops
+torchrun --standalone --nproc-per-node 8 scripts/finetune_energy.py ...     (see docs/scaling.md)
 """
 
 import logging
@@ -9,6 +10,7 @@ import sys
 
 import draccus
 
+from vla_energy.distributed import RankError, start
 from vla_energy.finetune.config import FinetuneConfig
 
 
@@ -23,24 +25,28 @@ def _known_fields(name: str) -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    rank = os.environ.get("RANK", "0")
+    level = logging.INFO if rank == "0" else logging.ERROR  # the others would say the same
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
         config = draccus.parse(FinetuneConfig)
         config.check()
         from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
 
-        Trainer(config).run()
+        with start(config.device) as ranks:
+            Trainer(config, ranks).run()
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume True goes on from the last checkpoint")
-    except (ValueError, OSError, ImportError, draccus.ParsingError) as error:
+    except (ValueError, OSError, ImportError, RankError, draccus.ParsingError) as error:
         if os.environ.get("VLA_ENERGY_TRACEBACK"):
             raise
         # draccus says where, the cause says why: our own messages name the values that are known.
         why = f" ({error.__cause__})" if isinstance(error, draccus.ParsingError) and error.__cause__ else ""
         if "are not valid for" in str(error):
             why += f"; {_known_fields(str(error).split()[-1])}"
-        sys.exit(f"error: {error}{why}\nVLA_ENERGY_TRACEBACK=1 shows where it was raised")
+        which = f" on rank {rank}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        sys.exit(f"error{which}: {error}{why}\nVLA_ENERGY_TRACEBACK=1 shows where it was raised")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from vla_energy.config import GuardConfig
+from vla_energy.distributed import Ranks, current
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +70,14 @@ class GuardedOptimizer:
         config: norms at which to clip and to skip.
         warm_steps: the learning rate of the k-th step taken is `min(1, k / warm_steps)` of the full one; skipped
             steps do not count. 0 is off.
-        group: process group of the joint verdict; None is the default group, if torch.distributed is initialised.
+        ranks: who joins in the verdict; None is `distributed.current()` at each step.
 
     Attributes:
         counters: `steps` taken, `clipped` among them, and calls skipped as `nonfinite`, `too_large`, `no_gradient`.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, config: GuardConfig, warm_steps: int = 0, group: Any = None
+        self, optimizer: torch.optim.Optimizer, config: GuardConfig, warm_steps: int = 0, ranks: Ranks | None = None
     ) -> None:
         if warm_steps < 0:
             raise ValueError(f"warm_steps={warm_steps}: expected 0 or more")
@@ -85,19 +85,23 @@ class GuardedOptimizer:
         self.config = config
         self.warm_steps = warm_steps
         self.counters = {name: 0 for name in ("steps", "clipped", *_VERDICTS[1:])}
-        self._group = group
+        self._ranks = ranks
         self._base_rates = [float(param_group["lr"]) for param_group in optimizer.param_groups]
         self._skips_in_a_row = 0
         self._set_learning_rate()
 
     @classmethod
     def adamw(
-        cls, parameters: Iterable[Any], learning_rate: float, config: GuardConfig, warm_steps: int = 0
+        cls,
+        parameters: Iterable[Any],
+        learning_rate: float,
+        config: GuardConfig,
+        warm_steps: int = 0,
+        ranks: Ranks | None = None,
     ) -> GuardedOptimizer:
         """AdamW with the config's weight decay."""
-        return cls(
-            torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay), config, warm_steps
-        )
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=config.weight_decay)
+        return cls(optimizer, config, warm_steps, ranks)
 
     def zero_grad(self) -> None:
         """Drops all gradients."""
@@ -160,11 +164,8 @@ class GuardedOptimizer:
 
     def _joint(self, severity: int) -> int:
         """The worst severity of all ranks."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return severity
-        flag = torch.tensor(severity, device=self._parameters()[0].device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return int(flag)
+        ranks = current() if self._ranks is None else self._ranks
+        return int(ranks.largest(torch.tensor(severity, device=self._parameters()[0].device)))
 
     def _set_learning_rate(self) -> None:
         """Of the next step to be taken."""

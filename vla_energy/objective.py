@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from vla_energy import losses
 from vla_energy.config import EnergyConfig, checks
+from vla_energy.distributed import ALONE, Ranks
 from vla_energy.head import HeadOutput
 from vla_energy.landscape import descent_alignment
 from vla_energy.measures import success_auc
-from vla_energy.outcomes import RolloutFrames, failed_chunks, join_contexts
+from vla_energy.outcomes import RolloutFrames, failed_chunks, gather_chunks, join_contexts
 from vla_energy.sources import ActionTraits, NegativeSet, add_failed, build_negatives
 from vla_energy.training_metrics import energy_metrics
 
@@ -35,10 +36,16 @@ class EnergyObjective:
             The objective owns no parameters.
         config: uses `negatives`, `loss`, `range`, `head` and `rollouts`.
         traits: of the action space, for sources that scale or flip its dimensions.
+        ranks: of a training on several processes. Each calls with its own B rows; negatives, losses and metrics are
+            those of all ranks' rows, the same on every rank, with the gradient that the head's gradients, averaged
+            over the ranks, need (see `Ranks.gather_with_gradient`). Chunks are gathered without gradient and contexts
+            not at all. `generator` must be in the same state on every rank.
     """
 
-    def __init__(self, head: Any, config: EnergyConfig, traits: ActionTraits | None = None) -> None:
-        self.head, self.config, self.traits = head, config, traits
+    def __init__(
+        self, head: Any, config: EnergyConfig, traits: ActionTraits | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        self.head, self.config, self.traits, self.ranks = head, config, traits, ranks
 
     def __call__(
         self,
@@ -72,8 +79,11 @@ class EnergyObjective:
         if (rollouts is not None) != bool(self.config.rollouts.dataset):
             given = "no frames of rollouts are given" if rollouts is None else "frames of rollouts are given"
             raise ValueError(f"rollouts.dataset={self.config.rollouts.dataset!r}, but {given}")
+        ranks = self.ranks
+        expert, layer_actions = ranks.gather(expert), ranks.gather(layer_actions)
+        retrieved, samples = (None if more is None else ranks.gather(more) for more in (retrieved, samples))
         policy = layer_actions[:, -1].detach().float()
-        inputs = (context.detach(), context_mask, self._reference(policy, generator))
+        inputs = (context.detach(), context_mask, ranks.own(self._reference(policy, generator)))
         negatives = build_negatives(
             self.config.negatives,
             expert,
@@ -81,21 +91,22 @@ class EnergyObjective:
             layer_actions,
             generator,
             self.traits,
-            energy_fn=lambda chunks: getattr(self.head, "module", self.head)(inputs, chunks),
+            energy_fn=lambda chunks: ranks.gather(getattr(self.head, "module", self.head)(inputs, ranks.own(chunks))),
             retrieved=retrieved,
             samples=samples,
         )
-        if rollouts is not None and self.config.rollouts.failed:
-            failed = failed_chunks(rollouts, policy, self.config.rollouts.failed)
+        theirs = None if rollouts is None else gather_chunks(rollouts, ranks)
+        if theirs is not None and self.config.rollouts.failed:
+            failed = failed_chunks(theirs, policy, self.config.rollouts.failed)
             negatives = add_failed(negatives, *failed, expert, self.config.negatives.near_positive_threshold)
         chunks = torch.cat([expert.detach().float()[:, None], negatives.chunks], 1)
-        output = self._call_head(inputs, chunks, rollouts)
+        output = self._gather(self._call_head(inputs, ranks.own(chunks), rollouts))
         centre_errors: list[Tensor] = [(centre - chunks[:, 0]).abs().mean() for centre in output.centres]
         loss, parts = self._ranking_loss(output, negatives, chunks, step)
         if self.config.loss.centre:
             loss = loss + self.config.loss.centre * sum(centre_errors)
-        if rollouts is not None and output.executed is not None and output.outcome_bias is not None:
-            parts |= self._outcome(output.executed, output.outcome_bias, output.temperature, rollouts)
+        if theirs is not None and output.executed is not None and output.outcome_bias is not None:
+            parts |= self._outcome(output.executed, output.outcome_bias, output.temperature, theirs)
             loss = loss + self.config.rollouts.outcome * parts["outcome"]
         with torch.no_grad():
             parts |= {"loss": loss, **{f"centre_l1_{i}": error for i, error in enumerate(centre_errors)}}
@@ -109,7 +120,8 @@ class EnergyObjective:
         head.train(False)
         try:
             encoded = head.encode(context.detach(), context_mask, policy)
-            return descent_alignment(lambda chunks: head(encoded, chunks), policy[:, None], expert).mean()
+            own = descent_alignment(lambda chunks: head(encoded, chunks), policy[:, None], expert).mean()
+            return self.ranks.mean(own)
         finally:
             head.train(training)
 
@@ -126,6 +138,15 @@ class EnergyObjective:
             return self.head(inputs, chunks, training_output=True)
         theirs = (rollouts.context.detach(), rollouts.context_mask, rollouts.policy.detach().float())
         return self.head(join_contexts(inputs, theirs), chunks, training_output=True, executed=rollouts.executed)
+
+    def _gather(self, output: HeadOutput) -> HeadOutput:
+        """All ranks' rows. Temperature and bias are the same on every rank, and so is their gradient."""
+        gather = self.ranks.gather_with_gradient
+        return output._replace(
+            energies=gather(output.energies),
+            centres=tuple(gather(centre) for centre in output.centres),
+            executed=None if output.executed is None else gather(output.executed),
+        )
 
     def _outcome(
         self, energies: Tensor, bias: Tensor, temperature: float | Tensor, rollouts: RolloutFrames

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vla_energy.distributed import Ranks
 from vla_energy.measures import chunk_distance
 
 
@@ -82,6 +83,23 @@ def failed_chunks(frames: RolloutFrames, policy: Tensor, count: int) -> tuple[Te
     unlike = chunk_distance(proposals.expand(len(policy), -1, -1, -1), policy.detach())
     nearest = unlike.masked_fill(~usable, torch.inf).argsort(stable=True, dim=1)[:, :count]
     return frames.executed.detach().float()[nearest], usable.gather(1, nearest)
+
+
+def gather_chunks(frames: RolloutFrames, ranks: Ranks) -> RolloutFrames:
+    """All ranks' rollout frames but for their contexts, which stay where they are: S = 0; `frames` on one process.
+
+    Args:
+        frames: this rank's R; `same_instruction (B,R)` has a row for each of all ranks' demonstrations.
+    """
+    if ranks.world == 1:
+        return frames
+    names = ("policy", "executed", "success", "remaining")
+    whole = {name: ranks.gather(getattr(frames, name)) for name in names}
+    rows = len(whole["policy"])
+    context = frames.context.new_zeros(rows, 0, frames.context.shape[2])
+    mask = frames.context_mask.new_zeros(rows, 0)
+    same = ranks.gather(frames.same_instruction.T).T
+    return replace(frames, context=context, context_mask=mask, same_instruction=same, **whole)
 
 
 def join_contexts(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vla_energy.config import TemperatureConfig
+from vla_energy.distributed import current
 
 
 class Temperature(nn.Module):
@@ -33,7 +34,7 @@ class Temperature(nn.Module):
 
     Args:
         config: all fields are used.
-        group: process group of the adaptive std; None is the default group, if torch.distributed is initialised.
+        group: process group of the adaptive std; None is that of `distributed.current()`.
     """
 
     def __init__(self, config: TemperatureConfig, group: Any = None) -> None:
@@ -80,7 +81,9 @@ class Temperature(nn.Module):
         kept = torch.where(used, energies, torch.zeros_like(energies)).double()
         # float64: squares of fp32 do not overflow in it, and the difference of two large sums keeps its digits.
         moments = torch.stack([used.sum().double(), kept.sum(), kept.square().sum()])
-        if dist.is_available() and dist.is_initialized():
+        if self._group is None:
+            moments = current().sum(moments)
+        else:
             dist.all_reduce(moments, group=self._group)
         count, total, squares = moments.unbind()
         mean = total / count.clamp_min(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_energy.backbones.config import OpenVLAConfig
+from vla_energy.distributed import ALONE, Ranks
 
 
 def bin_centers(config: OpenVLAConfig) -> Tensor:
@@ -83,6 +84,7 @@ def sample_chunks(
     generator: torch.Generator | Sequence[torch.Generator],
     action_dim: int,
     config: OpenVLAConfig,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Chunks drawn from the tokens' distributions, `(B, K, H, A)` normalised float32, no gradient.
 
@@ -95,6 +97,7 @@ def sample_chunks(
         generator: on the CPU; or B of them, so that a row's chunks do not depend on its batch.
         action_dim: A.
         config: of the checkpoint.
+        ranks: with one generator, in the same state on all of them: B rows are this rank's of the whole batch's.
 
     Raises:
         ValueError: temperature is not above 0, or there are not B generators.
@@ -106,7 +109,7 @@ def sample_chunks(
     shares = (logits.detach()[:, :-1, ids].double() / temperature).softmax(-1).cumsum(-1)
     shape = (*shares.shape[1:2], count)
     if isinstance(generator, torch.Generator):
-        draws = torch.rand((len(logits), *shape), generator=generator, dtype=torch.float64)
+        draws = ranks.own(torch.rand((ranks.world * len(logits), *shape), generator=generator, dtype=torch.float64))
     elif len(generator) == len(logits):
         draws = torch.stack([torch.rand(shape, generator=own, dtype=torch.float64) for own in generator])
     else:

@@ -148,7 +148,13 @@ class RldsDataset:
         return given.proprio
 
     def batches(
-        self, batch_size: int, *, repeat: bool = True, drop_last: bool = True, skip: int = 0
+        self,
+        batch_size: int,
+        *,
+        repeat: bool = True,
+        drop_last: bool = True,
+        skip: int = 0,
+        shard: tuple[int, int] = (0, 1),
     ) -> Generator[Batch, None, None]:
         """Batches in an order that depends on the seed alone.
 
@@ -157,6 +163,8 @@ class RldsDataset:
             repeat: go on for ever, every epoch in another order; batches then span epochs.
             drop_last: leave out a last batch that is not full.
             skip: batches to leave out at the start; what follows is the same as without.
+            shard: `(r, n)`: of batches of `n * batch_size` frames the r-th part, so that the n parts in order are what
+                one reader takes. Every part reads all frames and decodes its own images. Needs `repeat`.
 
         Yields:
             `images (B, num_images, h, w, 3)` uint8, main camera first; `actions (B, H, A)` float32 normalised;
@@ -170,14 +178,21 @@ class RldsDataset:
         """
         if batch_size < 1 or skip < 0:
             raise DatasetError(f"batch_size={batch_size}, skip={skip}: expected batch_size >= 1 and skip >= 0")
-        return self._iterate(batch_size, repeat, drop_last, skip)
+        if not 0 <= shard[0] < shard[1] or (shard[1] > 1 and not repeat):
+            raise DatasetError(f"shard={shard}, repeat={repeat}: expected (r, n) with 0 <= r < n, and repeat if n > 1")
+        return self._iterate(batch_size, repeat, drop_last, skip, shard)
 
-    def _iterate(self, batch_size: int, repeat: bool, drop_last: bool, skip: int) -> Generator[Batch, None, None]:
+    def _iterate(
+        self, batch_size: int, repeat: bool, drop_last: bool, skip: int, shard: tuple[int, int]
+    ) -> Generator[Batch, None, None]:
         tf = self._tf
-        start = skip * batch_size
+        part, parts = shard
+        start = skip * batch_size * parts
         epoch, offset = divmod(start, self.num_frames) if repeat else (0, start)
         epochs = tf.data.Dataset.range(epoch, _FOREVER if repeat else 1)
         frames = epochs.flat_map(self._plain(self._epoch)).skip(offset).enumerate(start)
+        if parts > 1:
+            frames = frames.filter(self._plain(lambda position, _: position // batch_size % parts == part))
         calls = self._num_threads if self._num_threads > 1 else None
         batches = frames.map(self._plain(self._decode), num_parallel_calls=calls).batch(
             batch_size, drop_remainder=drop_last

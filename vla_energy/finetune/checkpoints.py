@@ -23,6 +23,7 @@ STATE = "training_state.pt"
 # Flags that may differ between a run and its continuation.
 _FREE = {"resume", "resume_step", "max_steps", "val_freq", "val_time_limit", "use_val_set", "save_freq"} | {
     "save_latest_checkpoint_only", "wandb_entity", "wandb_project", "wandb_log_freq", "device", "run_root_dir",
+    "check_ranks_every",
 }  # fmt: skip
 
 
@@ -83,7 +84,7 @@ def resume(trainer: Trainer) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types for damaged files
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    saved, asked = state["flags"], _flags(config)
+    saved, asked = state["flags"], _flags(config, trainer.ranks.world)
     changed = [key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)]
     if changed:
         raise CheckpointError(f"{path} was made with other values of: {', '.join(sorted(changed))}")
@@ -140,11 +141,13 @@ def _saved_step(path: Path) -> int:
         raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
-def _flags(config: FinetuneConfig) -> dict[str, str]:
+def _flags(config: FinetuneConfig, processes: int) -> dict[str, str]:
     values = {key: value for key, value in vars(config).items() if key not in (*_FREE, "energy")}
     flags = {key: repr(value) for key, value in (values | _flat("energy", config.energy.to_dict())).items()}
     if config.lr_schedule == "cosine":
         flags["max_steps"] = repr(config.max_steps)  # the schedule ends there
+    if processes > 1:
+        flags["processes"] = repr(processes)  # times `batch_size` frames a step
     # A folder by where it is, whatever the working directory; the embedded one wherever the package is installed.
     return flags | ({} if config.vla_path == EMBEDDED else {"vla_path": str(vla_folder(config).resolve())})
 
@@ -161,7 +164,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     with_head = trainer.head is not None and trainer.guard is not None
     return {
         "step": trainer.step,
-        "flags": _flags(trainer.config),
+        "flags": _flags(trainer.config, trainer.ranks.world),
         "policy": {name: p.detach().cpu() for name, p in trainer.job.vla.named_parameters() if p.requires_grad},
         "optimizer": None if trainer.optimizer is None else trainer.optimizer.state_dict(),
         "head": trainer.head.state_dict() if with_head and trainer.head is not None else None,

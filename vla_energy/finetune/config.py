@@ -3,7 +3,6 @@
 No `from __future__ import annotations` here: draccus reads the field types at run time.
 """
 
-import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -38,7 +37,7 @@ class FinetuneConfig:
         use_film: the instruction modulates the vision blocks (FiLM); a checkpoint trained with it needs it.
         num_images_in_input: 1 main camera, 2 with wrist.
         use_proprio: proprioception as an input.
-        batch_size: per optimiser step and accumulation step.
+        batch_size: of each process, per optimiser step and accumulation step; so is `energy.rollouts.batch_size`.
         learning_rate: of LoRA, action head and proprio projector (AdamW).
         lr_warmup_steps: from 10 to 100 percent of the rate.
         num_steps_before_decay: the rate drops tenfold after so many steps.
@@ -64,6 +63,8 @@ class FinetuneConfig:
         max_grad_norm: clips the policy's gradient; 0 is off, as in the host.
         device: "auto", "cpu", "cuda", ...
         seed: of everything random.
+        check_ranks_every: with several processes (torchrun), steps between two comparisons of a hash of their weights;
+            0 compares them at the start only.
     """
 
     vla_path: str = EMBEDDED
@@ -113,6 +114,7 @@ class FinetuneConfig:
     max_grad_norm: float = 0.0
     device: str = "auto"
     seed: int = 7
+    check_ranks_every: int = 0
 
     def check(self) -> None:
         """Refuses what cannot work or is not built yet, before anything is loaded.
@@ -122,8 +124,6 @@ class FinetuneConfig:
         """
         self._check_diffusion()
         self._check_samples()
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise FlagError("training on several processes is not built yet; start one process, without torchrun")
         if self.precision not in ("bf16", "fp32"):
             raise FlagError(f"--precision {self.precision}: known are bf16, fp32")
         if self.lr_schedule not in ("step", "cosine"):
@@ -134,7 +134,8 @@ class FinetuneConfig:
         for flag in ("learning_rate", "energy_learning_rate", "lora_rank", "num_images_in_input", "val_time_limit"):
             if not getattr(self, flag) > 0:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be above 0")
-        for flag in ("horizon", "lr_warmup_steps", "energy_warm_steps", "max_grad_norm", "num_steps_before_decay"):
+        not_negative = ("horizon", "lr_warmup_steps", "energy_warm_steps", "max_grad_norm", "num_steps_before_decay")
+        for flag in (*not_negative, "check_ranks_every"):
             if not getattr(self, flag) >= 0:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be 0 or more")
         if self.energy.freeze_backbone and not self.energy.enabled:

@@ -9,24 +9,33 @@ from torch import Tensor
 
 from vla_energy.backbones import LoadedVLA, VLAOutput
 from vla_energy.backbones.denoising import predict_noise
+from vla_energy.distributed import ALONE, Ranks
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.setup import Batch, Job, autocast
 
 logger = logging.getLogger(__name__)
 
 
-def noise_loss(vla: LoadedVLA, batch: Batch) -> Tensor:
-    """Mean squared error of the predicted noise, as the host trains its diffusion head.
+def draw_noise(vla: LoadedVLA, actions: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    """Noise `(B,H,A)` and time steps `(B,)` for chunks `actions (B,H,A)`.
 
-    Noise and time steps are drawn from torch's global state on the CPU, which a resumed run goes on from.
+    From torch's global state on the CPU, which a resumed run goes on from, and which all ranks have in common.
+    """
+    rows = ranks.world * len(actions)
+    noise = ranks.own(torch.randn(rows, *actions.shape[1:]))
+    timesteps = ranks.own(torch.randint(0, vla.action_head.schedule.num_train, (rows,)))
+    return noise.to(actions), timesteps.to(actions.device)
+
+
+def noise_loss(vla: LoadedVLA, batch: Batch, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """Mean squared error of the predicted noise, as the host trains its diffusion head.
 
     Args:
         vla: with a diffusion head.
         batch: with `actions (B,H,A)`, normalised.
+        noise, timesteps: from `draw_noise`.
     """
     actions, schedule = batch["actions"], vla.action_head.schedule
-    noise = torch.randn(actions.shape).to(actions)
-    timesteps = torch.randint(0, schedule.num_train, (len(actions),)).to(actions.device)
     predicted = predict_noise(vla, batch, schedule.add_noise(actions, noise, timesteps), timesteps)
     return (predicted.float() - noise).square().mean()
 
@@ -42,7 +51,13 @@ def say_samples(config: FinetuneConfig) -> None:
 
 @torch.no_grad()
 def observe(
-    job: Job, batch: Batch, config: FinetuneConfig, generator: torch.Generator, count: int, steps: int | None = None
+    job: Job,
+    batch: Batch,
+    config: FinetuneConfig,
+    generator: torch.Generator,
+    count: int,
+    steps: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> VLAOutput:
     """A pass without the noised chunk, and from it the policy's chunk and `count` more samples.
 
@@ -56,9 +71,11 @@ def observe(
         generator: of the starting noise, on the CPU.
         count: K.
         steps: of the denoising, default the action head's.
+        ranks: the generator is in the same state on all of them, and `batch` holds this rank's rows.
     """
     vla, training = job.vla, job.vla.training
-    noise = torch.randn(len(batch["input_ids"]), 1 + count, vla.horizon, vla.action_dim, generator=generator)
+    rows = ranks.world * len(batch["input_ids"])
+    noise = ranks.own(torch.randn(rows, 1 + count, vla.horizon, vla.action_dim, generator=generator))
     vla.eval()
     try:
         with autocast(config, job.device):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics
+from vla_energy.distributed import ALONE, Ranks
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.monitor import Monitor
 from vla_energy.guard import GuardedOptimizer
@@ -51,16 +52,23 @@ class HeadTraining:
         config: of the run.
         traits: of the action space, from `check_head_sources`.
         generator: of the negatives; its state is the caller's to keep.
+        ranks: the processes that train it together.
     """
 
     def __init__(
-        self, head: EnergyHead, config: FinetuneConfig, traits: ActionTraits, generator: torch.Generator
+        self,
+        head: EnergyHead,
+        config: FinetuneConfig,
+        traits: ActionTraits,
+        generator: torch.Generator,
+        ranks: Ranks = ALONE,
     ) -> None:
         energy = config.energy
-        self.generator = generator
-        self.objective = EnergyObjective(head, energy, traits)
+        self.head, self.generator, self.ranks = head, generator, ranks
+        self.objective = EnergyObjective(head, energy, traits, ranks)
         rate = config.energy_learning_rate * energy.guard.lr_factor
-        self.guard = GuardedOptimizer.adamw(head.parameter_groups(), rate, energy.guard, config.energy_warm_steps)
+        groups = head.parameter_groups()
+        self.guard = GuardedOptimizer.adamw(groups, rate, energy.guard, config.energy_warm_steps, ranks)
         self.monitor = Monitor(energy.monitor, self.objective, self.guard)
         self._accumulate = config.grad_accumulation_steps
 
@@ -80,16 +88,19 @@ class HeadTraining:
 
     def step(self, step: int, seen: Seen | None, metrics: Metrics) -> None:
         """The optimiser step that follows `step` others, and what the monitor says of it. Adds to `metrics`."""
+        self.ranks.average_gradients(self.head.parameters())
         metrics.update(self.guard.step().metrics())
         if seen is not None:
             self.monitor.add(metrics)
             metrics.update(self.monitor.judge(step + 1, seen))
 
 
-def check_head_sources(config: FinetuneConfig, policy: PolicyShape, statistics: DatasetStatistics) -> ActionTraits:
+def check_head_sources(
+    config: FinetuneConfig, policy: PolicyShape, statistics: DatasetStatistics, ranks: Ranks = ALONE
+) -> ActionTraits:
     """Says what the sources of negatives cannot do with this batch size, policy and data."""
     traits = ActionTraits.of(statistics)
-    shape = (config.batch_size, policy.num_exits, policy.horizon, policy.action_dim)
+    shape = (ranks.world * config.batch_size, policy.num_exits, policy.horizon, policy.action_dim)
     loss = config.energy.loss
     asked = loss.margin_sources if loss.margin else ()
     for warning in check_sources(config.energy.negatives, *shape, traits, asked):

@@ -26,11 +26,18 @@ class RolloutStream:
 
     def __init__(self, data: RldsDataset, job: Job, config: FinetuneConfig, skip: int) -> None:
         self._job, self._config = job, config
-        self._batches = data.batches(config.energy.rollouts.batch_size, skip=skip)
+        shard = (job.ranks.rank, job.ranks.world)
+        self._batches = data.batches(config.energy.rollouts.batch_size, skip=skip, shard=shard)
 
     def next(self, instructions: Sequence[str], generator: torch.Generator) -> RolloutFrames:
-        """The next batch, beside the demonstrations' frames with these `instructions`; see `rollout_frames`."""
-        return rollout_frames(self._job, next(self._batches), instructions, self._config, generator)
+        """The next batch, beside the demonstrations' frames with these `instructions`; see `rollout_frames`.
+
+        With several ranks each has its own frames and instructions; `same_instruction` has a row for every rank's
+        demonstrations.
+        """
+        raw, ranks = self._job.ranks.each(lambda: next(self._batches)), self._job.ranks
+        everyone = [text for texts in ranks.gather_objects(list(instructions)) for text in texts]
+        return rollout_frames(self._job, raw, everyone, self._config, generator)
 
     def close(self) -> None:
         """Ends the reading."""
@@ -56,7 +63,7 @@ def rollout_frames(
     batch = job.to_batch(raw)
     vla = job.vla.eval()
     if vla.diffuses:
-        output = observe(job, batch, config, generator, 0, config.energy.negatives.samples.steps)
+        output = observe(job, batch, config, generator, 0, config.energy.negatives.samples.steps, job.ranks)
     else:
         with autocast(config, job.device):
             output = vla(batch, "off")

@@ -18,6 +18,7 @@ from vla_energy.backbones.openvla import LayerExits
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.data import DatasetError, RldsDataset, dataset_config
 from vla_energy.data.augment import center_crop
+from vla_energy.distributed import ALONE, Ranks
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
 from vla_energy.finetune.energy import PolicyShape
 from vla_energy.head import EnergyHead
@@ -39,12 +40,14 @@ class Job:
         train: the training split.
         statistics: what its actions and proprio are normalised with.
         device: of the policy.
+        ranks: the processes that train.
     """
 
     vla: LoadedVLA
     train: RldsDataset
     statistics: DatasetStatistics
     device: torch.device
+    ranks: Ranks = ALONE
 
     def to_batch(self, raw: dict, *, crop: bool = False) -> Batch:
         """A dataset's batch in the host's keys, on the device; `crop` takes the centre, as inference does."""
@@ -130,14 +133,14 @@ def open_rollouts(config: FinetuneConfig, vla: LoadedVLA, statistics: DatasetSta
     return data
 
 
-def prepare(config: FinetuneConfig) -> Job:
-    """Loads policy and data and checks that they fit.
+def prepare(config: FinetuneConfig, ranks: Ranks = ALONE) -> Job:
+    """Loads policy and data and checks that they fit; on several ranks the policy goes to the rank's device.
 
     Raises:
         FlagError, CheckpointFolderError, DatasetError: what does not fit, and the flag that mends it.
     """
     config.check()
-    device = _device(config.device)
+    device = ranks.device or _device(config.device)
     folder = vla_folder(config)
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
@@ -166,7 +169,7 @@ def prepare(config: FinetuneConfig) -> Job:
     statistics = policy_statistics(vla, config.dataset_name) if finished else probe.statistics
     train = open_split(config, vla, "train", statistics)
     vla.requires_grad_(False) if config.energy.freeze_backbone else None
-    return Job(vla.to(device), train, statistics, device)
+    return Job(vla.to(device), train, statistics, device, ranks)
 
 
 def policy_statistics(vla: LoadedVLA, dataset: str, name: str | None = None) -> DatasetStatistics:

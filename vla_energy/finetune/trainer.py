@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from vla_energy.backbones import VLAOutput
 from vla_energy.backbones.tokens import sample_chunks, token_loss, token_metrics
+from vla_energy.distributed import ALONE, Ranks
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
-from vla_energy.finetune.diffusion import noise_loss, observe, say_samples
+from vla_energy.finetune.diffusion import draw_noise, noise_loss, observe, say_samples
 from vla_energy.finetune.energy import HeadTraining, check_head_sources, l1_metrics, load_memory, retrieve
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
@@ -42,16 +43,23 @@ class Trainer:
 
     Args:
         config: the flags. The constructor loads everything and raises on anything that does not fit.
+        ranks: the processes that train, from `distributed.start`. Rank 0 alone validates, logs and saves.
     """
 
-    def __init__(self, config: FinetuneConfig) -> None:
-        self.config = config
+    def __init__(self, config: FinetuneConfig, ranks: Ranks = ALONE) -> None:
+        self.config, self.ranks = config, ranks
+        # All are there before one of them writes, and none trains where another could not load.
+        ranks.each(self._load)
+        ranks.check_equal((self.job.vla, self.head), "at the start")
+
+    def _load(self) -> None:
+        config, ranks = self.config, self.ranks
         config.check()
         if (config.run_dir / "metrics.jsonl").exists() and not config.resume:
             raise FlagError(
                 f"{config.run_dir} holds a run already: go on with --resume True, or name another by --run_id_override"
             )
-        self.job = prepare(config)
+        self.job = prepare(config, ranks)
         # Opened now, so that a broken held-out shard is told before training and not after it.
         self.held_out = open_split(config, self.job.vla, "val", self.job.statistics) if config.use_val_set else None
         self.rollouts = open_rollouts(config, self.job.vla, self.job.statistics)
@@ -66,10 +74,10 @@ class Trainer:
         self.training: HeadTraining | None = None
         if config.energy.enabled:
             self.head = make_head(config, self.job.vla).to(self.job.device)
-            traits = check_head_sources(config, self.job.vla, self.job.statistics)
+            traits = check_head_sources(config, self.job.vla, self.job.statistics, ranks)
             if self.job.vla.diffuses:
                 say_samples(config)
-            self.training = HeadTraining(self.head, config, traits, self.generator)
+            self.training = HeadTraining(self.head, config, traits, self.generator, ranks)
             self.objective, self.guard, self.monitor = (
                 self.training.objective, self.training.guard, self.training.monitor,
             )  # fmt: skip
@@ -80,34 +88,57 @@ class Trainer:
             checkpoints.resume(self)
 
     def run(self) -> dict[str, Any]:
-        """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics."""
-        config = self.config
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics (on rank 0)."""
+        config, ranks = self.config, self.ranks
         results: dict[str, Any] = {}
         accumulate = config.grad_accumulation_steps
-        batches = self.job.train.batches(config.batch_size, skip=self.step * accumulate)
-        bar = tqdm(total=config.max_steps, initial=self.step, disable=None, unit="step")
+        shard = (ranks.rank, ranks.world)
+        batches = self.job.train.batches(config.batch_size, skip=self.step * accumulate, shard=shard)
+        bar = tqdm(total=config.max_steps, initial=self.step, disable=None if ranks.is_main else True, unit="step")
         recorded = self._start_rollouts()
         reading = contextlib.nullcontext() if recorded is None else contextlib.closing(recorded)
-        with MetricLog(config, self.step) as log, contextlib.closing(batches), reading, bar:
+        written = ranks.on_main(self._open_log)
+        logging_to = contextlib.nullcontext() if written is None else written
+        with logging_to as log, contextlib.closing(batches), reading, bar:
             while self.step < config.max_steps:
                 started = time.perf_counter()
                 metrics = self.train_step(batches, recorded)
                 self.step += 1
-                frames = config.batch_size * accumulate / (time.perf_counter() - started)
+                frames = ranks.world * config.batch_size * accumulate / (time.perf_counter() - started)
                 bar.update()
-                if self.step % config.wandb_log_freq == 0 or self.step == config.max_steps:
-                    row = {key: float(value) for key, value in metrics.items()}
-                    log.write(self.step, {**row, "frames_per_second": frames})
+                if self._every(config.check_ranks_every, last=False):
+                    ranks.check_equal((self.job.vla, self.head), f"after step {self.step}")
+                if self._every(config.wandb_log_freq):
+                    row = self._row(metrics)
+                    if log is not None:
+                        log.write(self.step, {**row, "frames_per_second": frames})
                     keys = ("train/l1", "train/noise_mse", "energy/loss")
                     shown: dict[str, Any] = {key: f"{row[key]:.4f}" for key in keys if key in row}
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
-                if config.use_val_set and (self.step % config.val_freq == 0 or self.step == config.max_steps):
-                    results = self._validate_or_save()
-                    log.write(self.step, checkpoints.flatten(results, "val"))
-                if self.step % config.save_freq == 0 or self.step == config.max_steps:
-                    logger.info("saved %s", checkpoints.save(self))
+                if config.use_val_set and self._every(config.val_freq):
+                    results = ranks.on_main(self._validate_or_save) or {}
+                    if log is not None:
+                        log.write(self.step, checkpoints.flatten(results, "val"))
+                if self._every(config.save_freq):
+                    ranks.on_main(lambda: logger.info("saved %s", checkpoints.save(self)))
         return results
+
+    def _every(self, steps: int, last: bool = True) -> bool:
+        """Whether something that is due every so many `steps` (0: never), and at the `last` one, is due now."""
+        return (bool(steps) and self.step % steps == 0) or (last and self.step == self.config.max_steps)
+
+    def _open_log(self) -> MetricLog:
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        return MetricLog(self.config, self.step)
+
+    def _row(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
+        """Plain numbers of all ranks' frames: the policy's are means over the ranks, the head's are so already."""
+        row = {key: float(value) for key, value in metrics.items()}
+        names = [key for key in row if key.startswith("train/")]
+        if self.ranks.world > 1 and names:
+            means = self.ranks.mean(torch.tensor([row[name] for name in names], device=self.job.device))
+            row.update(zip(names, means.tolist(), strict=True))
+        return row
 
     def validate(self) -> dict[str, Any]:
         """Metrics on the held-out split; see `evaluate`."""
@@ -133,16 +164,17 @@ class Trainer:
     def train_step(
         self, batches: Iterator[dict[str, Any]], recorded: RolloutStream | None = None
     ) -> dict[str, Tensor | float]:
-        """One optimiser step of policy and head over all micro-batches; metrics of the last one."""
+        """One optimiser step of policy and head over all ranks' micro-batches; metrics of the last one."""
         metrics: dict[str, Tensor | float] = {}
         seen = None
-        for _ in range(self.config.grad_accumulation_steps):
-            raw = next(batches)
+        for micro in range(self.config.grad_accumulation_steps):
+            raw = self.ranks.each(lambda: next(batches))
             batch = self.job.to_batch(raw)
-            output = self._forward_policy(batch, metrics)
+            output = self._forward_policy(batch, metrics, micro)
             frames = None if recorded is None else recorded.next(raw["instructions"], self.generator)
             started = time.perf_counter()
-            seen = self._backward_energy(output, batch, raw["episode"], metrics, frames)
+            with self.ranks.own_randomness(self.config.seed, self.step, micro, 1):
+                seen = self._backward_energy(output, batch, raw["episode"], metrics, frames)
             metrics["energy/ms"] = 1e3 * (time.perf_counter() - started)  # of the host's time: a GPU works on behind it
         if self.optimizer is not None:
             self._step_policy()
@@ -150,13 +182,14 @@ class Trainer:
             self.training.step(self.step, seen, metrics)
         return metrics
 
-    def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput | None:
+    def _forward_policy(self, batch: Batch, metrics: dict[str, Tensor | float], micro: int = 0) -> VLAOutput | None:
         """Forward, and backward where the policy is trained; adds its metrics. None where nothing needs chunks."""
+        own_randomness = self.ranks.own_randomness(self.config.seed, self.step, micro, 0)
         if self.job.vla.diffuses:
-            return self._forward_diffusion(batch, metrics)
+            return self._forward_diffusion(batch, metrics, own_randomness)
         exits = layer_exits(self.config)
         vla = self.job.vla.train(self.trains_policy)
-        with torch.set_grad_enabled(self.trains_policy), autocast(self.config, self.job.device):
+        with own_randomness, torch.set_grad_enabled(self.trains_policy), autocast(self.config, self.job.device):
             output = vla(batch, exits)
         loss = (output.actions.float() - batch["actions"]).abs().mean()
         if output.token_logits is not None:
@@ -170,22 +203,28 @@ class Trainer:
         metrics.update(l1_metrics(output.actions, batch["actions"]))
         return output
 
-    def _forward_diffusion(self, batch: Batch, metrics: dict[str, Tensor | float]) -> VLAOutput | None:
+    def _forward_diffusion(
+        self,
+        batch: Batch,
+        metrics: dict[str, Tensor | float],
+        own_randomness: contextlib.AbstractContextManager[None],
+    ) -> VLAOutput | None:
         """The noise loss, and the policy's samples where the energy head or the L1 metrics need them."""
-        config, job = self.config, self.job
+        config, job, ranks = self.config, self.job, self.ranks
         if self.trains_policy:
-            with autocast(config, job.device):
-                loss = noise_loss(job.vla.train(), batch)
+            drawn = draw_noise(job.vla, batch["actions"], ranks)
+            with own_randomness, autocast(config, job.device):
+                loss = noise_loss(job.vla.train(), batch, *drawn)
             (loss / config.grad_accumulation_steps).backward()
             metrics["train/noise_mse"] = loss.detach()
         if (self.step + 1) % config.diffusion_sample_freq == 0:
             # A generator of its own: the negatives are drawn as if nothing were measured.
             own = torch.Generator().manual_seed(config.seed + self.step)
-            metrics.update(l1_metrics(observe(job, batch, config, own, 0).actions, batch["actions"]))
+            metrics.update(l1_metrics(observe(job, batch, config, own, 0, ranks=ranks).actions, batch["actions"]))
         if self.objective is None:
             return None
         samples = config.energy.negatives.samples
-        return observe(job, batch, config, self.generator, samples.count, samples.steps)
+        return observe(job, batch, config, self.generator, samples.count, samples.steps, ranks)
 
     def _backward_energy(
         self,
@@ -213,11 +252,13 @@ class Trainer:
         if output.token_logits is None or not count:
             return None
         temperature = config.candidates.sample_temperature
-        return sample_chunks(output.token_logits, count, temperature, self.generator, vla.action_dim, vla.config)
+        drawing = (temperature, self.generator, vla.action_dim, vla.config, self.ranks)
+        return sample_chunks(output.token_logits, count, *drawing)
 
     def _step_policy(self) -> None:
         config, optimizer = self.config, self.optimizer
         assert optimizer is not None
+        self.ranks.average_gradients(self.parameters)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rate_factor(config, self.step)
         if config.max_grad_norm:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import CheckpointError, atomic_write, load_head, save_head
+from vla_energy.distributed import current
 from vla_energy.guard import GuardedOptimizer
 from vla_energy.head import EnergyHead
 from vla_energy.hosts.config import HostEnergyConfig
@@ -110,7 +110,8 @@ class EnergyPlugin:
         language_model = getattr(vla, "module", vla).config.text_config
         context_dim, layers = int(language_model.hidden_size), int(language_model.num_hidden_layers)
         horizon = infer_horizon(self.action_head, action_dim, context_dim)
-        shape = (self.host.batch_size, layers + 1, horizon, action_dim)
+        ranks = current()
+        shape = (ranks.world * self.host.batch_size, layers + 1, horizon, action_dim)
         for warning in check_sources(energy.negatives, *shape, traits):
             logger.warning("%s", warning)
         with torch.random.fork_rng():
@@ -126,12 +127,12 @@ class EnergyPlugin:
         self._bare = head
         if self.host.resume:
             self._resume()
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if ranks.world > 1:
             devices = [device] if device.type == "cuda" else None
             self.head = nn.parallel.DistributedDataParallel(head, device_ids=devices)
         else:
             self.head = head
-        self.objective = EnergyObjective(self.head, energy.head_config(), traits)
+        self.objective = EnergyObjective(self.head, energy.head_config(), traits, ranks)
         self.generator = torch.Generator(device)
         optimizer.register_step_post_hook(self._after_host_step)
 
@@ -155,9 +156,8 @@ class EnergyPlugin:
         positions = trained_positions(labels, length, ACTION_TOKEN_BEGIN, self.statistics.action.dim)
         chunks = layer_actions(layers, positions, self.action_head, self.horizon)
         expert = batch["actions"].to(chunks)
-        # By step and rank, so that a resumed run draws what the uninterrupted one does.
-        rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-        self.generator.manual_seed(hash((self.energy.seed, self.step, rank)) % 2**63)
+        # By step, so that a resumed run draws what the uninterrupted one does; alike on all ranks, see the objective.
+        self.generator.manual_seed(hash((self.energy.seed, self.step, 0)) % 2**63)
         energy, self._metrics = self.objective(
             layers[-1], visible_context(positions, length), expert, chunks, self.generator, self.step
         )
@@ -165,7 +165,7 @@ class EnergyPlugin:
 
     def _after_host_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         metrics = {**self._metrics, **self.guard.step().metrics()}
-        if _main_process() and self.step % self.host.wandb_log_freq == 0:
+        if current().is_main and self.step % self.host.wandb_log_freq == 0:
             self._log({name: float(value) for name, value in metrics.items()})
         self.step += 1
 
@@ -186,7 +186,7 @@ class EnergyPlugin:
         Raises:
             CheckpointError: a file cannot be written, or a weight is not finite; older files are intact.
         """
-        if self.head is None or not _main_process():
+        if self.head is None or not current().is_main:
             return
         folder, suffix = self.run_dir, "latest"
         if not self.host.save_latest_checkpoint_only:
@@ -212,10 +212,6 @@ class EnergyPlugin:
             self.step = int(state["step"])
         except Exception as error:  # torch raises half a dozen types for damaged files
             raise CheckpointError(f"{paths[0]} is damaged: {error}") from error
-
-
-def _main_process() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
 
 
 def host_statistics(statistics: Mapping[str, Any], name: str) -> DatasetStatistics:

@@ -1,0 +1,299 @@
+"""Several processes: the step is the one of a single process, and no rank waits for one that is gone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks_fixture import results, run_ranks
+from rollouts_fixture import NAME, write_rollouts
+from torch import Tensor
+
+from vla_energy.config import EnergyConfig, RolloutsConfig, TemperatureConfig
+from vla_energy.data import DatasetError, RldsDataset
+from vla_energy.distributed import ALONE, RankError, Ranks
+from vla_energy.finetune import checkpoints
+from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.finetune.trainer import Trainer
+
+GLOBAL = 8  # rows of a batch, over all ranks
+
+
+def _config(runs: Path, world: int, **changes: Any) -> FinetuneConfig:
+    base = FinetuneConfig(
+        run_root_dir=runs,
+        run_id_override="run",
+        use_proprio=True,
+        image_aug=False,
+        batch_size=GLOBAL // world,
+        lora_rank=4,
+        max_steps=1,
+        save_freq=99,
+        wandb_log_freq=1,
+        shuffle_buffer_size=64,
+        precision="fp32",
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def _everything(world: int) -> EnergyConfig:
+    """Whatever looks at other rows: in-batch, mined, log_q, margins, failed rollouts, their outcome, temperature."""
+    energy = EnergyConfig(
+        temperature=TemperatureConfig(mode="learnable"), rollouts=RolloutsConfig(NAME, 2 * GLOBAL // world, failed=2)
+    )
+    energy.negatives.hard.count = energy.negatives.shuffle.count = energy.negatives.shift.count = 2
+    energy.loss = dataclasses.replace(energy.loss, log_q=True, margin=0.1, hinge=0.1, diversity=0.1)
+    energy.guard = dataclasses.replace(energy.guard, max_grad_norm=1e4, skip_grad_norm=1e5)
+    return energy
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    named = {f"policy.{name}": value for name, value in trainer.job.vla.named_parameters() if value.requires_grad}
+    named |= {} if trainer.head is None else {f"head.{name}": value for name, value in trainer.head.named_parameters()}
+    return {name: value.detach().clone() for name, value in named.items()}
+
+
+def _gradients(ranks: Ranks, runs: Path, flags: dict[str, Any]) -> dict[str, Any]:
+    """Of policy and head after the first step, and its metrics."""
+    trainer = Trainer(_config(runs, ranks.world, **flags), ranks)
+    kept: list[list[Tensor]] = []
+    average = Ranks.average_gradients.__get__(ranks)
+
+    def keep(parameters: Any) -> None:
+        parameters = list(parameters)
+        average(parameters)
+        kept.append([parameter.grad.clone() for parameter in parameters if parameter.grad is not None])
+
+    ranks.average_gradients = keep
+    recorded = trainer._start_rollouts()
+    shard = (ranks.rank, ranks.world)
+    metrics = trainer.train_step(trainer.job.train.batches(trainer.config.batch_size, shard=shard), recorded)
+    if recorded is not None:
+        recorded.close()
+    return {"gradients": kept, "row": trainer._row(metrics), "bytes": dict(ranks.traffic)}
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "l1": {"grad_accumulation_steps": 2},
+    "adaptive": {"energy": EnergyConfig(temperature=TemperatureConfig(mode="adaptive"))},
+    "off": {"energy": EnergyConfig(enabled=False)},
+    "tokens": {"use_l1_regression": False, "new_action_head": True, "use_proprio": False},
+    "diffusion": {"use_l1_regression": False, "use_diffusion": True, "new_action_head": True},
+}
+
+
+def _case(name: str, data: Path, world: int) -> dict[str, Any]:
+    flags = dict(CASES[name])
+    if name == "l1":
+        flags |= {"data_root_dir": str(data), "energy": _everything(world)}
+    if name in ("tokens", "diffusion"):
+        energy = EnergyConfig()
+        energy.negatives.samples.count, energy.negatives.samples.steps = 2, 2
+        flags |= {"energy": energy, "diffusion_sample_freq": 1}
+    return flags
+
+
+def _all_gradients(ranks: Ranks, runs: Path, data: Path, names: list[str]) -> dict[str, Any]:
+    found = {}
+    for name in names:
+        found[name] = _gradients(ranks, runs / name, _case(name, data, ranks.world))
+    return found
+
+
+def _apart(first: list[Tensor], second: list[Tensor]) -> float:
+    """Norm of the difference over the norm, in float64."""
+    flat = [torch.cat([part.double().flatten() for part in parts]) for parts in (first, second)]
+    return float((flat[0] - flat[1]).norm() / flat[0].norm())
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("single")
+    data = write_rollouts(folder / "data")
+    return results(1, _all_gradients, folder, folder, data, list(CASES))[0], data
+
+
+@pytest.mark.parametrize(("world", "names"), [(2, list(CASES)), (4, ["l1", "diffusion"])])
+def test_gradients_are_those_of_one_process_with_the_whole_batch(
+    single: tuple[dict[str, Any], Path], tmp_path: Path, world: int, names: list[str]
+) -> None:
+    expected, data = single
+    found = results(world, _all_gradients, tmp_path, tmp_path, data, names)
+    for name in names:
+        one, many = expected[name], [rank[name] for rank in found]
+        kinds = ["policy", "head"] if name != "off" else ["policy"]
+        assert len(one["gradients"]) == len(kinds)
+        for kind, reference, *others in zip(
+            kinds, one["gradients"], *(rank["gradients"] for rank in many), strict=True
+        ):
+            gaps = [_apart(reference, other) for other in others]
+            print(f"{world} ranks, {name}, {kind}: {max(gaps):.2e}")
+            assert max(gaps) < 1e-6, (name, kind)
+            assert all(torch.equal(a, b) for other in others[1:] for a, b in zip(others[0], other, strict=True))
+        rows = [dict(rank["row"]) for rank in many]
+        for row in (one["row"], *rows):
+            row.pop("energy/ms", None)
+        assert rows[0].keys() == one["row"].keys() and all(row == rows[0] for row in rows)
+        assert rows[0] == pytest.approx(one["row"], rel=1e-3, abs=1e-4, nan_ok=True)
+
+
+def _train(ranks: Ranks, runs: Path, flags: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    trainer = Trainer(_config(runs, ranks.world, **flags), ranks)
+    trainer.run()
+    return _weights(trainer), None if trainer.guard is None else trainer.guard.counters
+
+
+def test_two_steps_then_resume_equal_four_on_two_ranks_and_ranks_stay_equal(tmp_path: Path) -> None:
+    """With dropout, validation and a memoryful shuffle: whatever a rank draws is drawn again."""
+    flags = {"lora_dropout": 0.2, "check_ranks_every": 1, "use_val_set": True, "val_freq": 3, "val_time_limit": 1}
+    whole = results(2, _train, tmp_path / "a", tmp_path / "whole", {**flags, "max_steps": 4})
+    results(2, _train, tmp_path / "b", tmp_path / "parts", {**flags, "max_steps": 2})
+    parts = results(2, _train, tmp_path / "c", tmp_path / "parts", {**flags, "max_steps": 4, "resume": True})
+    for other in (whole[1], *parts):
+        assert other[0].keys() == whole[0][0].keys() and other[1] == whole[0][1]
+        assert all(torch.equal(value, other[0][name]) for name, value in whole[0][0].items())
+    rows = [json.loads(row) for row in (tmp_path / "whole/run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 4, 4]  # written once, by rank 0
+    alone = _config(tmp_path / "parts", 2, **flags, max_steps=5, resume=True)
+    with pytest.raises(checkpoints.CheckpointError, match="other values of: processes"):
+        Trainer(alone)
+
+
+def _poisoned(ranks: Ranks, runs: Path) -> tuple[list[Any], bool]:
+    """Three steps, in the second of which rank 1's contexts are NaN."""
+    trainer: Any = Trainer(_config(runs, ranks.world, max_steps=3), ranks)
+    forward, weights, skipped = trainer._forward_policy, [], []
+
+    def poison(*args: Any) -> Any:
+        output = forward(*args)
+        assert output is not None
+        broken = trainer.step == 1 and ranks.rank == 1
+        return dataclasses.replace(output, context=torch.full_like(output.context, torch.nan)) if broken else output
+
+    trainer._forward_policy = poison
+    shard = (ranks.rank, ranks.world)
+    batches = trainer.job.train.batches(trainer.config.batch_size, shard=shard)
+    for trainer.step in range(3):
+        skipped.append(float(trainer.train_step(batches)["energy/skipped"]))
+        weights.append({name: value for name, value in _weights(trainer).items() if name.startswith("head.")})
+    same = all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    return [skipped, same, weights[2]], all(bool(value.isfinite().all()) for value in weights[2].values())
+
+
+def test_a_nan_on_one_rank_makes_all_skip(tmp_path: Path) -> None:
+    first, second = results(2, _poisoned, tmp_path, tmp_path)
+    for (skipped, unchanged, _), finite in (first, second):
+        assert skipped == [0.0, 1.0, 0.0] and unchanged and finite
+    assert all(torch.equal(value, second[0][2][name]) for name, value in first[0][2].items())
+
+
+def _fails(ranks: Ranks, runs: Path, what: str) -> None:
+    """One rank's trouble of kind `what`."""
+    trainer: Any = Trainer(_config(runs, ranks.world, max_steps=3, save_freq=1), ranks)
+    own = ranks.rank == (0 if what == "save" else 1)
+    if what == "save" and own:
+        checkpoints.save = _refuse("the disk is full")
+    if what == "weights" and own:
+        with torch.no_grad():
+            next(iter(trainer.parameters)).add_(1.0)
+    trainer.config.check_ranks_every = 1
+    real = trainer.train_step
+
+    def step(*args: Any) -> Any:
+        if what == "step" and own and trainer.step == 1:
+            raise ValueError("no such thing")
+        if what == "killed" and own and trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+
+    trainer.train_step = step
+    if what == "data" and own:
+        trainer.job.train.batches = lambda *_, **__: iter([])
+    trainer.run()
+
+
+def _refuse(text: str) -> Callable[..., Any]:
+    def refuse(*_: Any) -> Any:
+        raise OSError(text)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "told"),
+    [
+        ("save", 0, r"rank 0: OSError: the disk is full"),
+        ("data", 1, r"rank 1: StopIteration"),
+        ("step", 1, r"rank 1: ValueError: no such thing"),
+        ("weights", None, r"after step 1: the ranks' weights differ"),
+        ("killed", 1, r"rank 1 ended without a word"),
+    ],
+)
+def test_what_ends_one_rank_is_told_by_the_others_and_ends_them(
+    tmp_path: Path, what: str, own: int | None, told: str
+) -> None:
+    started = time.monotonic()
+    world = 3 if what == "killed" else 2
+    found = run_ranks(world, _fails, tmp_path, tmp_path / "runs", what)
+    assert time.monotonic() - started < 60 + 60  # the start on a busy machine apart
+    for rank, text in enumerate(found):
+        if rank == own:
+            assert text == "killed" if what == "killed" else "RankError" not in text
+        else:
+            assert text.startswith("RankError: ") and told in text, (rank, text)
+
+
+def test_the_script_under_torchrun(tmp_path: Path) -> None:
+    flags = ["--run_root_dir", str(tmp_path), "--run_id_override", "run", "--max_steps", "2", "--batch_size", "2"]
+    flags += ["--shuffle_buffer_size", "16", "--precision", "fp32", "--use_proprio", "True", "--wandb_log_freq", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(Path(__file__).parents[1] / "scripts" / "finetune_energy.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, script, *flags], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("trainer: saved") == 1
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(rows) == 2 and (tmp_path / "run--2_chkpt" / checkpoints.STATE).is_file()
+
+
+def test_shards_of_the_data_are_what_one_reader_takes() -> None:
+    data = RldsDataset(
+        EMBEDDED_DATA, "metaworld_demo", horizon=4, image_aug=True, image_size=(16, 16), shuffle_buffer_size=32
+    )
+    whole = data.batches(6, skip=2)
+    parts = [data.batches(2, skip=2, shard=(rank, 3)) for rank in range(3)]
+    for _ in range(2):
+        expected, found = next(whole), [next(part) for part in parts]
+        for key in ("images", "actions", "episode", "step"):
+            assert (torch.cat([torch.tensor(part[key]) for part in found]) == torch.tensor(expected[key])).all(), key
+        assert [text for part in found for text in part["instructions"]] == expected["instructions"]
+    for stream in (whole, *parts):
+        stream.close()
+    with pytest.raises(DatasetError, match="shard"):
+        data.batches(2, shard=(2, 2))
+    with pytest.raises(DatasetError, match="repeat"):
+        data.batches(2, shard=(0, 2), repeat=False)
+
+
+def test_a_single_process_exchanges_nothing() -> None:
+    rows = torch.arange(6.0).requires_grad_()
+    assert ALONE.gather(rows) is ALONE.gather_with_gradient(rows) is ALONE.mean(rows) is ALONE.largest(rows) is rows
+    assert ALONE.own(rows).tolist() == rows.tolist() and ALONE.is_main and not ALONE.traffic
+    before = torch.get_rng_state()
+    with ALONE.own_randomness(3):
+        torch.rand(2)
+    assert not torch.equal(before, torch.get_rng_state())  # as ever
+    with pytest.raises(ValueError, match="mine"):
+        ALONE.on_main(lambda: (_ for _ in ()).throw(ValueError("mine")))
+    assert issubclass(RankError, RuntimeError)
