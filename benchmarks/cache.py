@@ -112,7 +112,8 @@ def _wide_cache(folder: Path, frames: int) -> FeatureCache:
 
 def wide(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """At the real width: one decoder layer on one frame, and a head's step from a cache of such frames."""
-    from transformers.models.llama.modeling_llama import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
     settings = LlamaConfig(hidden_size=WIDTH, intermediate_size=11008, num_attention_heads=32)
     settings._attn_implementation = "sdpa"

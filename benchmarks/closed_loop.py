@@ -30,11 +30,13 @@ from vla_energy.rollout.run import EVALUATION_SEED_OFFSET, run_rollouts
 from vla_energy.rollout.summary import write_json
 
 
-def study(checkpoint: Path, tasks: list[str], episodes: int, arms: list[str], out: Path, **options: Any) -> dict:
+def study(
+    checkpoint: Path, tasks: list[str], episodes: int, arms: list[str], out: Path, strict: bool = True, **options: Any
+) -> dict:
     """Runs the episodes and writes them."""
     from vla_energy.rollout.policy import load_policy
 
-    return run_rollouts(load_policy(str(checkpoint)), tasks, episodes, arms, out=out, **options)
+    return run_rollouts(load_policy(str(checkpoint), strict=strict), tasks, episodes, arms, out=out, **options)
 
 
 def quick(out: Path) -> dict[str, Any]:
@@ -91,6 +93,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "what they hold",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/closed_loop"))
+    parser.add_argument(
+        "--strict", action=argparse.BooleanOptionalAction, default=True,
+        help="an exception in candidates, head or gate ends the study (default), not only its decision",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.checkpoint and not args.tasks:
         parser.error("--checkpoint needs --tasks")
@@ -118,6 +124,7 @@ def run(args: argparse.Namespace) -> str:
             which = fingerprint(args.checkpoint) if "fingerprint" in preflight else None
             check_fit(preflight, which, args.replan_every, {*range(first, first + args.episodes)})
         options = {"replan_every": args.replan_every, "seed": args.seed, "workers": args.workers, "backend": args.sim}
+        options["strict"] = args.strict
         result = study(args.checkpoint, args.tasks, args.episodes, args.arms, out, **options)
         if preflight is not None:
             result["preflight"] = preflight

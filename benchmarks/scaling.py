@@ -1,4 +1,4 @@
-"""Several processes: steps/s of 1 and of 2 gloo ranks with the same batch, side by side in one run; and a plan for GPUs.
+"""Several processes: steps/s of 1 and of 2 gloo ranks with the same batch, side by side; and a plan for GPUs.
 
     python benchmarks/scaling.py [--quick] [--batch_size 16] [--out runs/bench/scaling.json]
     python benchmarks/scaling.py --plan [--write docs/scaling.md]

@@ -12,6 +12,7 @@ import draccus
 
 from vla_energy.distributed import RankError, start
 from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.signals import RunStoppedError
 
 
 def _known_fields(name: str) -> str:
@@ -36,6 +37,9 @@ def main() -> None:
 
         with start(config.device) as ranks:
             Trainer(config, ranks).run()
+    except RunStoppedError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume True goes on from the last checkpoint")
     except (ValueError, OSError, ImportError, RankError, draccus.ParsingError) as error:

@@ -21,7 +21,7 @@ def _fakes(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     from test_rollout import FakePolicy
 
-    def load_policy(checkpoint: str, device: str) -> FakePolicy:
+    def load_policy(checkpoint: str, device: str, strict: bool) -> FakePolicy:
         if checkpoint == "missing":
             raise ValueError("missing: no config.json in it")
         return FakePolicy()

@@ -26,7 +26,7 @@ from vla_energy.cli import main
 from vla_energy.config import EnergyConfig, RolloutsConfig
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
-from vla_energy.finetune.diffusion import noise_loss, observe
+from vla_energy.finetune.diffusion import draw_noise, noise_loss, observe
 from vla_energy.finetune.frames import FrameReader, PolicyFrames
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.trainer import Trainer
@@ -344,7 +344,7 @@ def test_the_noise_loss_is_the_hosts(vla: LoadedVLA) -> None:
     batch = _batch(vla)
     torch.manual_seed(0)
     with torch.no_grad():
-        loss = noise_loss(vla, batch)
+        loss = noise_loss(vla, batch, *draw_noise(vla, batch["actions"]))
     torch.manual_seed(0)
     noise, times = torch.randn(3, H, A), torch.randint(0, 6, (3,))
     kept = vla.action_head.schedule.kept[times][:, None, None]
@@ -359,7 +359,8 @@ def test_the_policy_is_trained_as_without_an_energy_head(diffusion_folder: Path,
     torch.manual_seed(plain.config.seed)
     optimizer = torch.optim.AdamW([p for p in plain.job.vla.parameters() if p.requires_grad], lr=5e-4, fused=True)
     for _ in range(2):
-        noise_loss(plain.job.vla.train(), plain.job.to_batch(next(batches))).backward()
+        batch = plain.job.to_batch(next(batches))
+        noise_loss(plain.job.vla.train(), batch, *draw_noise(plain.job.vla, batch["actions"])).backward()
         optimizer.step()
         optimizer.zero_grad()
     expected = _weights(plain)
@@ -399,7 +400,8 @@ def test_it_learns(diffusion_folder: Path, tmp_path: Path) -> None:
     def loss() -> float:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(11)
-            return float(noise_loss(trainer.job.vla.eval(), batch))
+            drawn = draw_noise(trainer.job.vla, batch["actions"])
+            return float(noise_loss(trainer.job.vla.eval(), batch, *drawn))
 
     before = loss()
     trainer.run()
@@ -421,8 +423,9 @@ def test_the_energy_head_sees_samples_and_no_expert(diffusion_folder: Path, tmp_
     assert torch.equal(seen.actions, alone.actions) and torch.equal(seen.samples, more)
     assert torch.equal(seen.context, alone.context)
     given: list[Any] = []
-    objective = trainer.objective
-    trainer.objective = lambda *args: given.append(args) or objective(*args)  # type: ignore[assignment, misc]
+    assert trainer.training is not None
+    objective = trainer.training.objective
+    trainer.training.objective = lambda *args: given.append(args) or objective(*args)  # type: ignore[assignment, misc]
     metrics: dict[str, Any] = {}
     copy = torch.Generator()
     copy.set_state(trainer.generator.get_state())

@@ -81,7 +81,7 @@ def atomic_write(path: str | Path, write_fn: Callable[[BinaryIO], Any]) -> Path:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     return path
 
 
@@ -227,7 +227,7 @@ def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{path}: weights are not finite: {', '.join(bad[:5])}")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes the rename itself durable; only POSIX lets a folder be opened."""
     if os.name != "posix":
         return

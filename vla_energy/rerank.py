@@ -21,6 +21,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import load_head
 from vla_energy.config import EnergyConfig
+from vla_energy.fallback import Fallback
 
 logger = logging.getLogger(__name__)
 
@@ -146,8 +147,10 @@ class Reranker:
         statistics: those it was trained with; None if they are not known (then `ensure_compatible` raises).
         config: `config.rerank.margin` is the gate.
         margin: overrides the config's, e.g. by `calibrate_margin`; may be inf.
+        strict: False answers an exception of the head or the gate with the policy's own chunk, logged and counted.
 
     Attributes:
+        fallback: what failed so far, where not strict.
         counters: `decisions` (rows), `accepted`, `dropped_candidates` (not finite), `dropped_energies` (finite
             candidates whose energy is not), `no_alternative` (rows of several candidates, of which only the policy's or
             none was left).
@@ -159,7 +162,9 @@ class Reranker:
         statistics: DatasetStatistics | None,
         config: EnergyConfig,
         margin: float | None = None,
+        strict: bool = True,
     ) -> None:
+        self.fallback = Fallback(strict, fatal=(CompatibilityError,))
         self.head = head
         self.statistics = statistics
         self.config = config
@@ -203,7 +208,7 @@ class Reranker:
         prior: Tensor | None = None,
         margin: float | None = None,
     ) -> RerankResult:
-        """Chooses for each row, see `rerank`.
+        """Chooses for each row, see `rerank`; where not `strict`, also after an exception.
 
         Args:
             context: `(B,S,D)` hidden states.
@@ -220,6 +225,13 @@ class Reranker:
         if context.ndim != 3 or len(context) != len(candidates):
             raise ValueError(f"context {tuple(context.shape)} for candidates {tuple(candidates.shape)}")
         self._check_dims(candidates.shape[2], candidates.shape[3], context.shape[2])
+        return self.fallback(
+            lambda: self._choose(context, context_mask, candidates, prior, margin), lambda: _own(candidates), "rerank"
+        )
+
+    def _choose(
+        self, context: Tensor, context_mask: Tensor, candidates: Tensor, prior: Tensor | None, margin: float | None
+    ) -> RerankResult:
         with scoring(self.head):
             # A policy's chunk that is not finite is no reference.
             finite = _finite(candidates)
@@ -283,6 +295,14 @@ def check_statistics(trained: DatasetStatistics, used: DatasetStatistics, what: 
                 f"{what} was trained with other action statistics: {name} differs at dimension "
                 f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, or make {what} again"
             )
+
+
+def _own(candidates: Tensor) -> RerankResult:
+    """The policy's chunk in each row, no energy known."""
+    rows, count = candidates.shape[:2]
+    unknown = torch.full((rows, count), math.inf, device=candidates.device)
+    index = torch.zeros(rows, dtype=torch.long, device=candidates.device)
+    return RerankResult(candidates[:, 0].clone(), index, unknown, index > 0, unknown)
 
 
 def _finite(candidates: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from vla_energy.backbones import save_openvla
-from vla_energy.checkpoint import CheckpointError, atomic_write, save_head
+from vla_energy.checkpoint import CheckpointError, atomic_write, save_head, sync_folder
+from vla_energy.durable import check_seal, read_torch, seal
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig
 from vla_energy.finetune.setup import vla_folder
 from vla_energy.rerank import MARGIN_KEY
@@ -19,11 +22,13 @@ from vla_energy.rerank import MARGIN_KEY
 if TYPE_CHECKING:
     from vla_energy.finetune.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 STATE = "training_state.pt"
 # Flags that may differ between a run and its continuation.
 _FREE = {"resume", "resume_step", "max_steps", "val_freq", "val_time_limit", "use_val_set", "save_freq"} | {
-    "save_latest_checkpoint_only", "wandb_entity", "wandb_project", "wandb_log_freq", "device", "run_root_dir",
-    "check_ranks_every",
+    "save_latest_checkpoint_only", "keep_checkpoints", "wandb_entity", "wandb_project", "wandb_log_freq", "device",
+    "run_root_dir", "check_ranks_every",
 }  # fmt: skip
 
 
@@ -34,64 +39,147 @@ def folder_of(config: FinetuneConfig, step: int) -> Path:
 
 
 def save(trainer: Trainer) -> Path:
-    """Writes the checkpoint beside its place and moves it there whole; an older one goes only then."""
-    config, vla = trainer.config, trainer.job.vla
+    """Writes the checkpoint beside its place, with checksums, and moves it there whole; an older one goes only then.
+
+    Raises:
+        CheckpointError: the system refused (disk full, no permission); earlier checkpoints are as they were.
+    """
+    config = trainer.config
     target = folder_of(config, trainer.step)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        save_openvla(
-            vla,
-            partial,
-            trainer.step,
-            processor_files=vla.folder,
-            statistics={config.dataset_name: trainer.job.statistics},
-            center_crop=config.image_aug,
-            merge=config.merge_lora_during_training,
-        )
-        if trainer.head is not None:
-            extra = {} if trainer.gate is None else {MARGIN_KEY: trainer.gate["margin"]}
-            save_head(partial, trainer.head, trainer.step, trainer.job.statistics, extra)
-        if trainer.memory is not None:
-            trainer.memory.save(partial, trainer.step)
-        state = _state(trainer)
-        atomic_write(partial / STATE, lambda file: torch.save(state, file))
-    except OSError as error:
+        _write(trainer, partial)
+        seal(partial, trainer.step)
+        _move(partial, target)
+    except (OSError, CheckpointError, SafetensorError, RuntimeError) as error:
+        # A full disk is an OSError of Python, a RuntimeError of torch's writer and an error of its own in safetensors.
         shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"{target} was not written ({error}); earlier checkpoints are intact") from error
+        if isinstance(error, RuntimeError) and not _of_the_disk(error):
+            raise
+        raise CheckpointError(
+            f"{target} was not written ({error}); earlier checkpoints are intact: make room, then the same command "
+            "with --resume True goes on from the last one"
+        ) from error
+    _drop_old(config, target)
+    return target
+
+
+def _of_the_disk(error: RuntimeError) -> bool:
+    return "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error) or "inline_container" in str(error)
+
+
+def _write(trainer: Trainer, folder: Path) -> None:
+    config, vla = trainer.config, trainer.job.vla
+    save_openvla(
+        vla,
+        folder,
+        trainer.step,
+        processor_files=vla.folder,
+        statistics={config.dataset_name: trainer.job.statistics},
+        center_crop=config.image_aug,
+        merge=config.merge_lora_during_training,
+    )
+    if trainer.head is not None:
+        extra = {} if trainer.gate is None else {MARGIN_KEY: trainer.gate["margin"]}
+        save_head(folder, trainer.head, trainer.step, trainer.job.statistics, extra)
+    if trainer.memory is not None:
+        trainer.memory.save(folder, trainer.step)
+    state = _state(trainer)
+    atomic_write(folder / STATE, lambda file: torch.save(state, file))
+
+
+def _move(partial: Path, target: Path) -> None:
+    """Puts the new folder in its place; at every moment it or the one before is there whole, where `find` looks."""
     old = _old(target)
     if target.exists():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)  # killed here, `find` takes the old one
-    os.replace(partial, target)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            os.replace(old, target)
+            raise
+    else:
+        os.replace(partial, target)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
-    return target
+
+
+def _drop_old(config: FinetuneConfig, newest: Path) -> None:
+    """Deletes all but the last `keep_checkpoints` of the run; never what is newer than the one just saved."""
+    if not config.keep_checkpoints or config.save_latest_checkpoint_only:
+        return
+    saved = sorted((step, folder) for step, folder in _numbered(config).items() if step <= _number(config, newest))
+    for _, folder in saved[: -config.keep_checkpoints]:
+        shutil.rmtree(folder)
+
+
+def _numbered(config: FinetuneConfig) -> dict[int, Path]:
+    """The run's `--{step}_chkpt` folders by step."""
+    run = config.run_dir
+    folders = [folder for folder in run.parent.glob("*_chkpt") if folder.name.startswith(f"{run.name}--")]
+    return {step: folder for folder in folders if (step := _number(config, folder)) >= 0}
+
+
+def _number(config: FinetuneConfig, folder: Path) -> int:
+    text = folder.name.removeprefix(f"{config.run_dir.name}--").removesuffix("_chkpt")
+    return int(text) if text.isdecimal() else -1
 
 
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.old")
 
 
+class NoCheckpointError(CheckpointError):
+    """A run has no checkpoint at all."""
+
+
 def resume(trainer: Trainer) -> None:
-    """Puts the trainer where a checkpoint of this run was saved.
+    """Puts the trainer where a checkpoint of this run was saved; at the start, if it ended before the first one.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it was made with other flags.
+        CheckpointError: there is no such run, its checkpoint it is damaged, or it was made with other flags.
     """
     config = trainer.config
-    path = find(config) / STATE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for damaged files
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    saved, asked = state["flags"], _flags(config, trainer.ranks.world)
-    changed = [key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)]
-    if changed:
-        raise CheckpointError(f"{path} was made with other values of: {', '.join(sorted(changed))}")
-    trainer.step = int(state["step"])
+        folder = find(config)
+    except NoCheckpointError:
+        # Else a run that was killed early could neither go on nor start again under its name.
+        if config.resume_step is not None or not (config.run_dir / "metrics.jsonl").is_file():
+            raise
+        logger.warning("%s ended before its first checkpoint: it starts again", config.run_dir)
+        return
+    path = folder / STATE
+    state = read_torch(path)
+    try:
+        saved, asked = dict(state["flags"]), _flags(config, trainer.ranks.world)
+        changed = [key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)]
+        if changed:
+            raise CheckpointError(f"{path} was made with other values of: {', '.join(sorted(map(str, changed)))}")
+        _restore(trainer, state)
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is not the training state of this run ({type(error).__name__}: {error}); --resume_step takes "
+            "an earlier one"
+        ) from error
+    logger.info("going on from step %d of %s", trainer.step, folder)
+
+
+def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
+    step = state["step"]
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step {step!r}")
     named = dict(trainer.job.vla.named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    if trained != set(state["policy"]):
+        raise ValueError("it holds other weights of the policy than this run trains")
     with torch.no_grad():
         for name, value in state["policy"].items():
+            if value.shape != named[name].shape:
+                raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(named[name].shape)}")
             named[name].copy_(value)
     if trainer.optimizer is not None:
         trainer.optimizer.load_state_dict(state["optimizer"])
@@ -102,26 +190,80 @@ def resume(trainer: Trainer) -> None:
         trainer.monitor.load_state_dict(state["monitor"])
     trainer.generator.set_state(state["generator"])
     torch.set_rng_state(state["random"])
+    if trainer.job.device.type == "cuda" and state.get("random_cuda") is not None:
+        torch.cuda.set_rng_state(state["random_cuda"], trainer.job.device)
+    trainer.gate = state.get("gate")
+    trainer.step = step
 
 
 def find(config: FinetuneConfig) -> Path:
-    """The run's checkpoint at `resume_step`, or its last one.
+    """The run's checkpoint at `resume_step`, or its last one, every file of it compared with its checksum.
+
+    A damaged one is never passed over in silence: another is taken where `resume_step` names it. Only `latest`, where
+    the one before was not deleted yet, is put aside as `latest.damaged` with a warning.
 
     Raises:
-        CheckpointError: there is none; the message lists those there are.
+        CheckpointError: there is none, or it is damaged; the message names the file and what else there is.
     """
     run = config.run_dir
-    found: dict[int, Path] = {}
-    for folder in (*run.parent.glob(f"{run.name}--*_chkpt"), _old(run / "latest"), run / "latest"):
-        if (folder / STATE).is_file():
-            text = folder.name.removeprefix(f"{run.name}--").removesuffix("_chkpt")
-            found[int(text) if text.isdigit() else _saved_step(folder / STATE)] = folder
-    if not found:
-        raise CheckpointError(f"no checkpoint of {run} to resume from; leave --resume out to start the run")
-    step = max(found) if config.resume_step is None else config.resume_step
+    latest = _check_latest(run / "latest", config.resume_step)
+    found = {step: folder for step, folder in _numbered(config).items() if (folder / STATE).is_file()}
+    if not found and not latest:
+        raise NoCheckpointError(f"no checkpoint of {run} to resume from; leave --resume out to start the run")
+    step = max({**found, **latest}) if config.resume_step is None else config.resume_step
+    if step in latest:
+        return latest[step]
     if step not in found:
-        raise CheckpointError(f"{run} has no checkpoint at step {step}; there are {sorted(found)}")
+        raise CheckpointError(f"{run} has no checkpoint at step {step}; there are {sorted({**found, **latest})}")
+    try:
+        _warn_unsealed(found[step], check_seal(found[step]))
+    except CheckpointError as error:
+        others = sorted({*found, *latest} - {step})
+        remedy = f"--resume_step takes an earlier one: {others}" if others else "there is no other of this run"
+        raise CheckpointError(f"{error}; {remedy}") from error
     return found[step]
+
+
+def _check_latest(latest: Path, asked: int | None) -> dict[int, Path]:
+    """`latest` by its step if it is whole, else the one before, if that is still there."""
+    old = _old(latest)
+    if not (latest / STATE).is_file():
+        folder = old
+    else:
+        try:
+            return {_step_of(latest): latest}
+        except CheckpointError as error:
+            if asked is None and not (old / STATE).is_file():
+                raise
+            logger.warning("%s", error)
+            folder = old
+    if not (folder / STATE).is_file():
+        return {}
+    step = _step_of(folder)
+    if latest.exists():
+        aside = latest.with_name("latest.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(latest, aside)
+        logger.warning("%s is put aside as %s; the checkpoint before it, of step %d, is taken", latest, aside, step)
+    os.replace(folder, latest)
+    return {step: latest}
+
+
+def _step_of(folder: Path) -> int:
+    """The step of a folder that is whole. Raises CheckpointError, naming the file, where it is not."""
+    step = check_seal(folder)
+    _warn_unsealed(folder, step)
+    if step is not None:
+        return step
+    state = read_torch(folder / STATE)
+    if not isinstance(state, dict) or type(state.get("step")) is not int:
+        raise CheckpointError(f"{folder / STATE} is damaged: it says no step")
+    return state["step"]
+
+
+def _warn_unsealed(folder: Path, step: int | None) -> None:
+    if step is None:
+        logger.warning("%s has no manifest.json: its files cannot be checked", folder)
 
 
 def flatten(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -132,13 +274,6 @@ def flatten(metrics: dict[str, Any], prefix: str) -> dict[str, float]:
         scalar = math.nan if value is None else value
         flat.update(flatten(value, name) if isinstance(value, dict) else {name: float(scalar)})
     return flat
-
-
-def _saved_step(path: Path) -> int:
-    try:
-        return int(torch.load(path, map_location="cpu", weights_only=True)["step"])
-    except Exception as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
 
 
 def _flags(config: FinetuneConfig, processes: int) -> dict[str, str]:
@@ -172,4 +307,6 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "monitor": None if trainer.monitor is None else trainer.monitor.state_dict(),
         "generator": trainer.generator.get_state(),
         "random": torch.get_rng_state(),
+        "random_cuda": torch.cuda.get_rng_state(trainer.job.device) if trainer.job.device.type == "cuda" else None,
+        "gate": trainer.gate,
     }

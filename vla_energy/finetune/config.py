@@ -45,6 +45,7 @@ class FinetuneConfig:
         max_steps: optimiser steps; exactly so many are taken.
         use_val_set, val_freq, val_time_limit: validation every so many steps, for at most so many seconds.
         save_freq, save_latest_checkpoint_only: checkpoints.
+        keep_checkpoints: how many of a run are kept, the newest ones; 0 keeps all.
         resume, resume_step: go on from the run's last (or that) checkpoint; other flags must be the run's.
         image_aug: the host's augmentation; inference then centre-crops.
         use_lora, lora_rank, lora_dropout: False trains every weight.
@@ -90,6 +91,7 @@ class FinetuneConfig:
     val_time_limit: int = 180
     save_freq: int = 10_000
     save_latest_checkpoint_only: bool = False
+    keep_checkpoints: int = 0
     resume: bool = False
     resume_step: int | None = None
     image_aug: bool = True
@@ -135,11 +137,16 @@ class FinetuneConfig:
             if not getattr(self, flag) > 0:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be above 0")
         not_negative = ("horizon", "lr_warmup_steps", "energy_warm_steps", "max_grad_norm", "num_steps_before_decay")
-        for flag in (*not_negative, "check_ranks_every"):
+        for flag in (*not_negative, "keep_checkpoints", "check_ranks_every"):
             if not getattr(self, flag) >= 0:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be 0 or more")
         if self.energy.freeze_backbone and not self.energy.enabled:
             raise FlagError("--energy.freeze_backbone True with --energy.enabled False leaves nothing to train")
+        if self.keep_checkpoints and self.save_latest_checkpoint_only:
+            raise FlagError(
+                f"--keep_checkpoints {self.keep_checkpoints} with --save_latest_checkpoint_only True, which keeps one: "
+                "leave one of them out"
+            )
         if self.resume_step is not None and not self.resume:
             raise FlagError("--resume_step needs --resume True")
         self._check_rollouts()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 from typing import Any
 
+from vla_energy.checkpoint import CheckpointError, atomic_write
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 
 
@@ -19,16 +21,37 @@ class MetricLog:
 
     Raises:
         FlagError: a W&B project is named and wandb is not installed.
+        CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written.
     """
 
     def __init__(self, config: FinetuneConfig, step: int) -> None:
         self._path = config.run_dir / "metrics.jsonl"
         self._wandb = self._start_wandb(config)
-        rows = self._path.read_text().splitlines() if self._path.exists() and config.resume else []
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
-        self._path.write_text("".join(row + "\n" for row in kept))
+        kept = self._kept(step) if config.resume else []
+        # Whole or not at all: a kill while this is written must not lose the rows of the steps before.
+        atomic_write(self._path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._tensorboard = writer(str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+    def _kept(self, step: int) -> list[bytes]:
+        """Rows up to `step`; of a killed run the last one may be torn, and is of a step that is taken again."""
+        rows = self._path.read_bytes().splitlines() if self._path.exists() else []
+        kept = []
+        for number, row in enumerate(rows, start=1):
+            try:
+                if json.loads(row)["step"] <= step:
+                    kept.append(row)
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(rows):
+                    raise CheckpointError(
+                        f"{self._path}: line {number} is damaged ({error}); mend or delete that line, then resume"
+                    ) from error
+        return kept
+
+    def sync(self) -> None:
+        """Makes the rows durable, before a checkpoint says that their steps were taken."""
+        with self._path.open("ab") as file:
+            os.fsync(file.fileno())
 
     def __enter__(self) -> MetricLog:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -33,6 +34,7 @@ from vla_energy.finetune.setup import (
     prepare,
     vla_folder,
 )
+from vla_energy.finetune.signals import RunStoppedError, StopSignals
 from vla_energy.outcomes import RolloutFrames
 
 logger = logging.getLogger(__name__)
@@ -88,7 +90,12 @@ class Trainer:
             checkpoints.resume(self)
 
     def run(self) -> dict[str, Any]:
-        """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics (on rank 0)."""
+        """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics (on rank 0).
+
+        Raises:
+            RunStoppedError: SIGINT or SIGTERM came; the step was finished and saved, and its validation left out.
+            CheckpointError: a checkpoint cannot be written; those before are intact.
+        """
         config, ranks = self.config, self.ranks
         results: dict[str, Any] = {}
         accumulate = config.grad_accumulation_steps
@@ -99,7 +106,7 @@ class Trainer:
         reading = contextlib.nullcontext() if recorded is None else contextlib.closing(recorded)
         written = ranks.on_main(self._open_log)
         logging_to = contextlib.nullcontext() if written is None else written
-        with logging_to as log, contextlib.closing(batches), reading, bar:
+        with logging_to as log, contextlib.closing(batches), reading, bar, StopSignals() as stop:
             while self.step < config.max_steps:
                 started = time.perf_counter()
                 metrics = self.train_step(batches, recorded)
@@ -115,12 +122,15 @@ class Trainer:
                     keys = ("train/l1", "train/noise_mse", "energy/loss")
                     shown: dict[str, Any] = {key: f"{row[key]:.4f}" for key in keys if key in row}
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
-                if config.use_val_set and self._every(config.val_freq):
+                stopping = self._stop_signal(stop)
+                if config.use_val_set and self._every(config.val_freq) and stopping is None:
                     results = ranks.on_main(self._validate_or_save) or {}
                     if log is not None:
                         log.write(self.step, checkpoints.flatten(results, "val"))
-                if self._every(config.save_freq):
-                    ranks.on_main(lambda: logger.info("saved %s", checkpoints.save(self)))
+                if self._every(config.save_freq) or stopping is not None:
+                    ranks.on_main(functools.partial(self._save, log))
+                if stopping is not None:
+                    raise RunStoppedError(stopping, checkpoints.folder_of(config, self.step))
         return results
 
     def _every(self, steps: int, last: bool = True) -> bool:
@@ -130,6 +140,18 @@ class Trainer:
     def _open_log(self) -> MetricLog:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         return MetricLog(self.config, self.step)
+
+    def _stop_signal(self, stop: StopSignals) -> int | None:
+        """The signal that came on any rank; None before one did, and after the last step."""
+        number = stop.number or 0
+        if self.ranks.world > 1:
+            number = int(self.ranks.largest(torch.tensor(number, device=self.job.device)))
+        return number if number and self.step < self.config.max_steps else None
+
+    def _save(self, log: MetricLog | None) -> None:
+        if log is not None:
+            log.sync()
+        logger.info("saved %s", checkpoints.save(self))
 
     def _row(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
         """Plain numbers of all ranks' frames: the policy's are means over the ranks, the head's are so already."""

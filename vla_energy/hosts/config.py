@@ -49,14 +49,18 @@ class HostRerankConfig:
         mode: `rerank`, `refine`, `retrieve` or `rerank+retrieve`, what the checkpoint's head and memory allow; or
             `recommended`, for each instruction what preflight recommends.
         seed: of the candidates' noise.
+        strict: an exception in candidates, head, memory or gate ends the evaluation. Else the host's own chunk is
+            taken, which is logged and counted.
     """
 
     enabled: bool = False
     mode: str = "rerank"
     seed: int = 0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         checks.flag("energy.enabled", self.enabled)
+        checks.flag("energy.strict", self.strict)
 
 
 def rerank_field() -> Any:

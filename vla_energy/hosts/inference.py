@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_energy.fallback import Fallback
 from vla_energy.gates import load_advisor
 from vla_energy.hosts.hidden_states import (
     HiddenStates,
@@ -64,8 +65,12 @@ def _needed(mode: str) -> str:
 class RerankedActionHead:
     """Answers like the host's action head; every other attribute is that head's. See `rerank_action_head`.
 
+    An exception in candidates, head, memory or gate gives the host's own chunk. With `--energy.strict True` it ends the
+    program: as an exception the host would count it as a failed episode.
+
     Attributes:
         counts: `chunks` asked for, `accepted` among them.
+        fallback: what failed so far.
     """
 
     def __init__(self, action_head: Any, host: Any, vla: Any) -> None:
@@ -94,6 +99,8 @@ class RerankedActionHead:
         self._generator = torch.Generator().manual_seed(host.energy.seed)
         self._hidden = HiddenStates(vla)
         self.counts: Counter[str] = Counter()
+        self._strict = bool(getattr(host.energy, "strict", False))
+        self.fallback = Fallback(self._strict, fatal=(HostError,))
         used = dict.fromkeys(self._tasks.values()) if self._instructions else [self._mode]
         logger.info("%s, margins %s", self._mode, {mode: self._advisor.gates[mode] for mode in used})
 
@@ -110,10 +117,19 @@ class RerankedActionHead:
             states: `(B, H*A, D)` of the action tokens, as the host gives them.
         """
         chunk = self._head.predict_action(states)
+        self.counts.update(chunks=len(chunk), accepted=0)
+        try:
+            return self.fallback(lambda: self._choose(states, chunk), lambda: chunk, f"--energy.mode {self._mode}")
+        except HostError:
+            raise
+        except Exception as error:
+            logger.exception("--energy.strict True: the evaluation ends here")
+            raise SystemExit(f"error: --energy.mode {self._mode} failed: {type(error).__name__}: {error}") from error
+
+    def _choose(self, states: Tensor, chunk: Tensor) -> Tensor:
         layers = self._hidden.take()
         mode = self._mode_now()
         if mode is None:
-            self.counts.update(chunks=len(chunk), accepted=0)
             return chunk
         length = layers[-1].shape[1]
         positions = predicted_positions(len(states), length, self._horizon * self._action_dim).to(states.device)
@@ -123,9 +139,12 @@ class RerankedActionHead:
             layers[-1], visible_context(positions, length), policy, torch.cat([exits[:, :-1], policy[:, None]], 1)
         )
         proposal, accepted = self._advisor.decide(mode, frame, [self._generator] * len(policy))
-        self.counts.update(chunks=len(policy), accepted=int(accepted.sum()))
         chosen = proposal.actions.reshape(chunk.shape).to(chunk)
-        return torch.where(accepted.to(chunk.device)[:, None, None], chosen, chunk)
+        answer = torch.where(accepted.to(chunk.device)[:, None, None], chosen, chunk)
+        if accepted.any() and not answer.isfinite().all():
+            raise ValueError("a chunk that it chose is not finite")
+        self.counts["accepted"] += int(accepted.sum())
+        return answer
 
     def _mode_now(self) -> str | None:
         """The mode for the observation at hand, None for the policy's own chunk."""

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--record", metavar="DIR", help="write all episodes as an RLDS dataset, DIR/NAME/1.0.0")
     parser.add_argument("--record-name", metavar="NAME", help="name of that dataset (default SIM_rollouts)")
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
+    parser.add_argument(
+        "--strict",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="an exception in candidates, head or gate ends the run (default); --no-strict takes the policy's own "
+        "chunk, and counts such decisions in the results' telemetry as `fallback`",
+    )
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of a table")
 
 
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from vla_energy.rollout.policy import load_policy
 
     result = run_rollouts(
-        load_policy(args.checkpoint, args.device),
+        load_policy(args.checkpoint, args.device, args.strict),
         args.tasks,
         args.episodes,
         args.arms,

@@ -21,6 +21,7 @@ from vla_energy.candidates import Source, overlap
 from vla_energy.config import EnergyConfig
 from vla_energy.crops import crop_chunks
 from vla_energy.data.augment import center_crop
+from vla_energy.fallback import Fallback
 from vla_energy.fingerprint import fingerprint
 from vla_energy.gates import load_advisor
 from vla_energy.modes import Frame, replan, split_arm
@@ -34,13 +35,22 @@ class CheckpointPolicy:
         folder: an OpenVLA-OFT checkpoint folder, with or without energy head and chunk memory.
         device: where to run.
         dataset: whose statistics to use, where the folder has several.
+        strict: whether an exception in candidates, head, memory or gate is raised. Else the policy's own chunk is
+            taken, bit for bit, for all rows of the call; it is logged, and counted in `fallback.counts` and, by
+            decision, in the telemetry `fallback`.
+
+    Attributes:
+        fallback: what failed so far.
 
     Raises:
         CheckpointFolderError, CheckpointError, CompatibilityError, StatisticsError: the folder is not usable.
     """
 
-    def __init__(self, folder: str | Path, device: str = "cpu", dataset: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, device: str = "cpu", dataset: str | None = None, strict: bool = False
+    ) -> None:
         folder = Path(folder)
+        self.fallback = Fallback(strict)
         config = OpenVLAConfig.from_folder(folder)
         use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
         self._vla = load_openvla(folder, num_images=config.num_images, use_proprio=use_proprio).to(device)
@@ -90,7 +100,7 @@ class CheckpointPolicy:
 
     @torch.no_grad()
     def act(self, requests: Sequence[Request], arm: str) -> list[Decision]:
-        """One forward pass for all rows; the arm then decides on each row's chunk.
+        """One forward pass for all rows; the arm then decides on each row's chunk, see `strict`.
 
         Raises:
             ValueError: an arm that this checkpoint cannot run, or too few cameras.
@@ -98,6 +108,26 @@ class CheckpointPolicy:
         check_arms([arm], self.arms)
         if arm == "recommended":
             return self._recommended(requests)
+        if arm == "policy" or self.fallback.strict:
+            return self._decide(requests, arm)
+        # A decision that failed has drawn from the generators: the policy's own starts where that one did.
+        drawn = [request.generator.get_state() for request in requests]
+
+        def own() -> list[Decision]:
+            for request, state in zip(requests, drawn, strict=True):
+                request.generator.set_state(state)
+            decisions = self._decide(requests, "policy")
+            return [replace(decision, telemetry={"fallback": 1.0}) for decision in decisions]
+
+        def attempt() -> list[Decision]:
+            decisions = self._decide(requests, arm)
+            if not all(np.isfinite(decision.actions.values).all() for decision in decisions):
+                raise ValueError("a chunk that it chose is not finite")
+            return [replace(decision, telemetry={**decision.telemetry, "fallback": 0.0}) for decision in decisions]
+
+        return self.fallback(attempt, own, f"arm {arm}")
+
+    def _decide(self, requests: Sequence[Request], arm: str) -> list[Decision]:
         reads_layers = arm.startswith("rerank") and self._head_config().candidates.layer_exits
         noise, generators = None, [request.generator for request in requests]
         if self._vla.diffuses:
@@ -204,6 +234,6 @@ def _finite(numbers: dict[str, Tensor], row: int) -> dict[str, float]:
     return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
-def load_policy(checkpoint: str, device: str = "cpu") -> CheckpointPolicy:
-    """The policy in a checkpoint folder."""
-    return CheckpointPolicy(checkpoint, device)
+def load_policy(checkpoint: str, device: str = "cpu", strict: bool = False) -> CheckpointPolicy:
+    """The policy in a checkpoint folder, see `CheckpointPolicy`."""
+    return CheckpointPolicy(checkpoint, device, strict=strict)

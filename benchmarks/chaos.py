@@ -1,0 +1,54 @@
+"""Does it survive? Kills, faults, hostile files and long runs, as commands; docs/reliability.md says what they found.
+
+    python benchmarks/chaos.py --minutes 2                  # a short mix of all
+    python benchmarks/chaos.py kill --kills 50 --seed 0     # a run killed 50 times ends bit for bit as one that was not
+    python benchmarks/chaos.py faults --steps 100000        # head steps on broken numbers
+    python benchmarks/chaos.py fuzz --minutes 30            # damaged and hostile files
+    python benchmarks/chaos.py soak --minutes 120           # memory, file handles and step time of a long run
+
+Each prints what it found and writes it to `--out`; the exit code is 1 where something did not survive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def _keep(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_faults(args: argparse.Namespace) -> dict[str, Any]:
+    """Head steps on broken numbers."""
+    from chaos_faults import faults
+
+    return faults(args.steps, args.each, say=lambda result: _keep(args.out / "faults.json", result))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
+    parts = parser.add_subparsers(dest="part")
+    faults = parts.add_parser("faults", help="head steps on broken numbers")
+    faults.add_argument("--steps", type=int, default=100_000)
+    faults.add_argument("--each", type=int, default=5_000, help="steps a training")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a part; the exit code."""
+    args = parse(argv)
+    result = {"faults": run_faults}[args.part](args)
+    print(json.dumps(result, indent=1))
+    return 0 if result["ok"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

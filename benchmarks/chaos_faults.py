@@ -1,0 +1,190 @@
+"""Head steps on broken numbers: what each kind of fault meets, and whether the head still learns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from features import Features
+from stability_arms import preset
+from stability_faults import Injector
+from synthetic import wide_features
+from training import Batch, Run, evaluate
+
+from vla_energy.config import EnergyConfig
+from vla_energy.guard import GuardedOptimizer
+from vla_energy.head import EnergyHead
+from vla_energy.objective import EnergyObjective
+
+VALUES = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf, "1e38": 1e38, "denormal": 1e-40}
+PLACES = ("context", "expert", "layers", "gradient")
+SHAPES = ("batch_of_one", "one_token", "duplicate_chunks", "constant_actions")
+KINDS = (*(f"{place}:{name}" for place in PLACES for name in (*VALUES, "bf16_overflow")), *SHAPES)
+EVERY = 7  # steps between two faults
+_WIDTH, _TOKENS = 32, 8
+MEASURES = ("spearman", "win_rate/in_batch")
+
+
+class ChaosInjector(Injector):
+    """A fault of every kind in turn, one every `EVERY` steps.
+
+    Args:
+        seed: of rows and places.
+
+    Attributes:
+        kind: of this step's fault, None without one.
+        answers: by kind, how often the guard took the step, or why it did not.
+    """
+
+    kinds = KINDS
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kind: str | None = None
+        self.answers: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+
+    def spoil(self, step: int, batch: Batch, head: EnergyHead) -> Batch:
+        """The step's batch, with a fault every `EVERY` steps."""
+        self.kind = self.poison = None
+        if step % EVERY:
+            return batch
+        self.kind = KINDS[step // EVERY % len(KINDS)]
+        self.counts[self.kind] += 1
+        context, mask, expert, layers = batch
+        place, _, name = self.kind.partition(":")
+        if name:
+            # The largest fp32 number is above bf16's: a value that is finite until it is cast.
+            value = VALUES[name] if name in VALUES else float(torch.tensor(3.4e38).bfloat16())
+            if place == "gradient":
+                self.poison = value
+            elif place == "context":
+                context = self._broken(context * mask[..., None], value, first_columns=True)
+            elif place == "expert":
+                expert = self._broken(expert, value)
+            else:
+                layers = self._broken(layers, value, layer=True)
+            return context, mask, expert, layers
+        if self.kind == "batch_of_one":
+            return context[:1], mask[:1], expert[:1], layers[:1]
+        if self.kind == "one_token":
+            return context[:, :1], mask[:, :1], expert, layers
+        if self.kind == "duplicate_chunks":  # every row, every layer and the policy: one chunk
+            return context, mask, expert[:1].expand_as(expert), expert[:1, None].expand_as(layers)
+        return context, mask, torch.full_like(expert, 0.5), torch.full_like(layers, 0.5)
+
+    def answered(self, skipped: str | None) -> None:
+        """Counts what the guard did with this step's fault."""
+        if self.kind is not None:
+            answers = self.answers[self.kind]
+            answers[skipped or "step"] = answers.get(skipped or "step", 0) + 1
+
+
+def small_config() -> EnergyConfig:
+    """The recommended head, small enough for many steps; with a reference it would rank these chunks untrained."""
+    return preset("recommended", {"head": {"hidden_dim": 32, "reference": False}})
+
+
+def train(run: Run, features: Features, injector: ChaosInjector | None) -> tuple[EnergyHead, dict[str, Any]]:
+    """A training that looks at every parameter after every step, and at the optimiser's state at the end.
+
+    Returns:
+        The head, and `bad_steps` after which a parameter or the reported learning rate was not finite, `counters` of
+        the guard, `nonfinite_state`, and `seconds`.
+    """
+    torch.manual_seed(run.seed)
+    context, _, expert, _ = features.batch(torch.zeros(1, dtype=torch.long))
+    head = EnergyHead(context.shape[2], expert.shape[2], expert.shape[1], run.config)
+    objective = EnergyObjective(head, run.config, features.traits)
+    guard = GuardedOptimizer.adamw(head.parameter_groups(), run.learning_rate, run.config.guard, run.warm_steps)
+    # Of the rows alone: what a fault makes the negatives draw must not change which frames are seen.
+    rows, negatives = (torch.Generator().manual_seed(run.seed + offset) for offset in (0, 1))
+    parameters, bad_steps, started = list(head.parameters()), 0, time.process_time()
+    for step in range(run.steps):
+        batch = features.batch(torch.randint(len(features), (run.batch_size,), generator=rows))
+        batch = batch if injector is None else injector.spoil(step, batch, head)
+        loss, _ = objective(*batch, negatives, step)
+        loss.backward()
+        if injector is not None:
+            injector.after_backward(step, head)
+        report = guard.step()
+        if injector is not None:
+            injector.answered(report.skipped)
+        finite = all(bool(parameter.isfinite().all()) for parameter in parameters)
+        bad_steps += not (finite and math.isfinite(report.learning_rate))
+    state = [value for entry in guard.optimizer.state.values() for value in entry.values()]
+    broken = sum(not bool(value.isfinite().all()) for value in state)
+    seconds = time.process_time() - started
+    facts = {"bad_steps": bad_steps, "counters": guard.counters, "nonfinite_state": broken, "seconds": seconds}
+    return head, facts
+
+
+def measures(head: EnergyHead, features: Features, config: EnergyConfig) -> dict[str, float]:
+    """`MEASURES` on held-out frames."""
+    energy = evaluate(head, features, config)["energy"]
+    return {"spearman": energy["spearman"], "win_rate/in_batch": energy["win_rate"]["in_batch"]}
+
+
+def faults(steps: int, each: int = 5_000, pairs: int = 4, say: Callable[[dict[str, Any]], None] | None = None) -> dict:
+    """Trainings of `each` steps with faults, `steps` in all; the first `pairs` beside one without, on the same frames.
+
+    Args:
+        say: called with the result so far after each training.
+
+    Returns:
+        `steps`, `bad_steps`, `nonfinite_state`, `injected` and `answers` by kind, `unanswered` (faults that were
+        not counted), `ranking`, see `_compare`; `ok`.
+    """
+    torch.set_num_threads(1)
+    train_set, held_out = (wide_features(count, seed, _WIDTH, _TOKENS) for count, seed in ((2_000, 0), (400, 1)))
+    config, each = small_config(), min(each, steps)
+    rows: dict[str, list[dict[str, float]]] = {"untrained": [], "clean": [], "faulty": []}
+    result: dict[str, Any] = {"steps": 0, "bad_steps": 0, "nonfinite_state": 0, "seconds": 0.0, "counters": {}}
+    injected, answers = dict.fromkeys(KINDS, 0), {kind: dict[str, int]() for kind in KINDS}
+    for seed in range(-(-steps // each)):
+        runs = {arm: Run(arm, config, each, seed, learning_rate=2e-3) for arm in ("clean", "faulty")}
+        injector = ChaosInjector(seed)
+        faulty, facts = train(runs["faulty"], train_set, injector)
+        if seed < pairs:
+            untrained, _ = train(replace(runs["clean"], steps=0), train_set, None)
+            clean, _ = train(runs["clean"], train_set, None)
+            for name, head in (("untrained", untrained), ("clean", clean), ("faulty", faulty)):
+                rows[name].append(measures(head, held_out, config))
+        for name in ("bad_steps", "nonfinite_state", "seconds"):
+            result[name] += facts[name]
+        _add(result["counters"], facts["counters"])
+        _add(injected, injector.counts)
+        for kind in KINDS:
+            _add(answers[kind], injector.answers[kind])
+        counted = sum(count for kind in answers.values() for count in kind.values())
+        result |= {"steps": (seed + 1) * each, "injected": injected, "answers": answers}
+        result["unanswered"] = sum(injected[kind] for kind in KINDS) - counted
+        result["ranking"] = {
+            name: _compare({arm: [row[name] for row in rows[arm]] for arm in rows}) for name in MEASURES
+        }
+        kept = all(entry["kept"] for entry in result["ranking"].values())
+        result["ok"] = kept and not (result["bad_steps"] or result["nonfinite_state"] or result["unanswered"])
+        if say is not None:
+            say(result)
+    return result
+
+
+def _add(total: dict[str, int], more: dict[str, int]) -> None:
+    for name, count in more.items():
+        total[name] = total.get(name, 0) + count
+
+
+def _compare(arms: dict[str, list[float]]) -> dict[str, Any]:
+    """Values by arm and seed, and the mean paired `difference` of faulty to clean with its `noise`.
+
+    `kept`: the difference is not below -0.01, or is within two of the larger of its standard error and the standard
+    deviation between clean seeds; one pair alone may be 0.1 below.
+    """
+    clean, faulty = torch.tensor(arms["clean"]), torch.tensor(arms["faulty"])
+    differences = faulty - clean
+    noise = 0.05 if len(clean) < 2 else max(float(differences.std()) / len(clean) ** 0.5, float(clean.std()))
+    mean = float(differences.mean())
+    return {**arms, "difference": mean, "noise": noise, "kept": mean >= -max(0.01, 2 * noise)}

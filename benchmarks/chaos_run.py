@@ -1,0 +1,76 @@
+"""A real fine-tuning run as a child process, for the harnesses that kill or watch it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from vla_energy.config import EnergyConfig
+from vla_energy.finetune.config import FinetuneConfig
+
+
+def config(root: Path, name: str, steps: int, save_freq: int) -> FinetuneConfig:
+    """The shipped policy on the bundled demonstrations: LoRA and energy head, dropout, one row of metrics a step."""
+    energy = EnergyConfig()
+    energy.head.hidden_dim = 32
+    return FinetuneConfig(
+        run_root_dir=root, run_id_override=name, use_proprio=True, image_aug=True, batch_size=2, lora_rank=2,
+        lora_dropout=0.1, max_steps=steps, save_freq=save_freq, save_latest_checkpoint_only=True, wandb_log_freq=1,
+        shuffle_buffer_size=16, precision="fp32", device="cpu", energy=energy,
+    )  # fmt: skip
+
+
+def warm_up() -> None:
+    """The imports that a run begins with, so that children forked from here need no seconds for them."""
+    import torch
+
+    import vla_energy.finetune.trainer
+    from vla_energy.data import tensorflow_quiet
+
+    tensorflow_quiet.tf()
+    tensorflow_quiet.tfds()
+    torch.set_num_threads(1)
+    del vla_energy
+
+
+def start(settings: FinetuneConfig, log: Path) -> int:
+    """Forks a child that does the run, its output appended to `log`; the child's process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        from vla_energy.finetune.trainer import Trainer
+
+        Trainer(settings).run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int | None:
+    """Of a child: negative for the signal that ended it, None while it runs."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if done else None
+
+
+def last_step(run: Path) -> int:
+    """Of the whole rows of `metrics.jsonl`; 0 without any."""
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        return 0
+    rows = path.read_bytes().split(b"\n")[:-1]
+    return int(json.loads(rows[-1])["step"]) if rows else 0

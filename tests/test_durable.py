@@ -1,0 +1,253 @@
+"""Checkpoints that are killed, cut short, changed, or have no room: what is whole is taken, the rest is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vla_energy.checkpoint import CheckpointError
+from vla_energy.config import EnergyConfig
+from vla_energy.durable import MANIFEST, check_seal, read_torch, seal
+from vla_energy.finetune import checkpoints
+from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.logs import MetricLog
+from vla_energy.finetune.signals import RunStoppedError
+from vla_energy.finetune.trainer import Trainer
+
+
+@pytest.fixture
+def sealed(tmp_path: Path) -> Path:
+    """A folder of two files and one inside a folder, sealed at step 7."""
+    folder = tmp_path / "sealed"
+    (folder / "inner").mkdir(parents=True)
+    for name, content in (("a.bin", b"abc"), ("b.json", b"{}"), ("inner/c.bin", b"c" * 3000)):
+        (folder / name).write_bytes(content)
+    seal(folder, 7)
+    return folder
+
+
+def test_a_sealed_folder_says_its_step_and_files_that_came_later_do_not_count(sealed: Path) -> None:
+    (sealed / "energy_gates.json").write_text("{}")
+    assert check_seal(sealed) == 7
+    (sealed / MANIFEST).unlink()
+    assert check_seal(sealed) is None
+
+
+@pytest.mark.parametrize("name", ["a.bin", "b.json", "inner/c.bin"])
+def test_every_file_that_is_missing_cut_or_changed_is_named(sealed: Path, name: str) -> None:
+    path = sealed / name
+    content = path.read_bytes()
+    for damaged in (content[:-1], bytes([content[0] ^ 1]) + content[1:], content + b"x"):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{name}.*damaged"):
+            check_seal(sealed)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing"):
+        check_seal(sealed)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "inner/../../secret", "", MANIFEST, "a\0b"])
+def test_names_that_lead_out_of_the_folder_are_refused(sealed: Path, name: str) -> None:
+    data = json.loads((sealed / MANIFEST).read_text())
+    data["files"] = {name: data["files"]["a.bin"]}
+    (sealed / MANIFEST).write_text(json.dumps(data))
+    with pytest.raises(CheckpointError, match="not one of a file in this folder"):
+        check_seal(sealed)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"version":2}', '{"version":1,"step":"7","files":{}}', "[" * 100_000])
+def test_a_damaged_manifest_is_told(sealed: Path, text: str) -> None:
+    (sealed / MANIFEST).write_text(text)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged"):
+        check_seal(sealed)
+
+
+def test_hostile_states_are_refused_before_they_cost_memory(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    torch.save({"w": torch.ones(3)}, path)
+    assert torch.equal(read_torch(path)["w"], torch.ones(3))
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for entry in old.infolist():
+            zeros = bytes(10_000_000) if entry.filename.endswith("data/0") else old.read(entry)
+            new.writestr(entry.filename, zeros)
+    with pytest.raises(CheckpointError, match="packed.pt.*compressed"):
+        read_torch(packed)
+    torch.save({"w": torch.ones(1).expand(10**12)}, path)
+    with pytest.raises(CheckpointError, match="not stored whole"):
+        read_torch(path)
+    torch.save({"run": print}, path)
+    with pytest.raises(CheckpointError, match="more than weights"):
+        read_torch(path)
+    for content in (b"", b"torn", tmp_path):
+        path = tmp_path / "missing.pt" if isinstance(content, Path) else path
+        path.write_bytes(content) if isinstance(content, bytes) else None
+        with pytest.raises(CheckpointError, match=path.name):
+            read_torch(path)
+
+
+def _config(folder: Path, runs: Path, **changes: Any) -> FinetuneConfig:
+    values: dict[str, Any] = {
+        "vla_path": str(folder), "run_root_dir": runs, "run_id_override": "run", "use_proprio": True,
+        "image_aug": False, "batch_size": 4, "max_steps": 3, "save_freq": 1, "wandb_log_freq": 1,
+        "shuffle_buffer_size": 16, "precision": "fp32", "energy": EnergyConfig(freeze_backbone=True),
+    }  # fmt: skip
+    return FinetuneConfig(**{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FinetuneConfig:
+    """A run of three steps with a checkpoint each."""
+    config = _config(tiny_folder, tmp_path_factory.mktemp("finished"))
+    Trainer(config).run()
+    return config
+
+
+@pytest.fixture
+def run(finished: FinetuneConfig, tmp_path: Path) -> FinetuneConfig:
+    """A copy of that run, to resume."""
+    shutil.copytree(finished.run_root_dir, tmp_path / "runs")
+    values = {**vars(finished), "run_root_dir": tmp_path / "runs", "resume": True}
+    return FinetuneConfig(**values)
+
+
+def _folder(config: FinetuneConfig, step: int) -> Path:
+    return config.run_root_dir / f"run--{step}_chkpt"
+
+
+def _damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_newest_checkpoint_is_never_passed_over_in_silence(run: FinetuneConfig) -> None:
+    _damage(_folder(run, 3) / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model.safetensors is damaged.*--resume_step.*\[1, 2\]"):
+        checkpoints.find(run)
+    run.resume_step = 2
+    assert checkpoints.find(run) == _folder(run, 2)
+
+
+def test_a_damaged_latest_is_put_aside_only_for_the_one_before_it(
+    run: FinetuneConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    latest, old = run.run_dir / "latest", run.run_dir / ".latest.old"
+    _folder(run, 3).rename(latest)
+    _folder(run, 2).rename(old)
+    shutil.rmtree(_folder(run, 1))
+    _damage(latest / checkpoints.STATE)
+    assert check_seal(checkpoints.find(run)) == 2
+    assert "put aside" in caplog.text and checkpoints.STATE in caplog.text
+    assert (run.run_dir / "latest.damaged").is_dir() and not old.exists()
+    _damage(latest / "config.json")
+    with pytest.raises(CheckpointError, match="config.json is damaged"):
+        checkpoints.find(run)
+
+
+def test_states_of_other_runs_and_types_are_refused(run: FinetuneConfig) -> None:
+    path = _folder(run, 3) / checkpoints.STATE
+    good = read_torch(path)
+    (path.parent / MANIFEST).unlink()
+    changes: list[Any] = [
+        {**good, "step": -1}, {**good, "step": "3"}, {**good, "policy": {"w": torch.ones(2)}},
+        {**good, "head": None}, {**good, "guard": {}}, {**good, "generator": torch.ones(3)},
+        {**good, "monitor": 3}, {key: value for key, value in good.items() if key != "random"}, [], {"step": 3},
+    ]  # fmt: skip
+    for state in changes:
+        torch.save(state, path)
+        with pytest.raises(CheckpointError, match=checkpoints.STATE):
+            Trainer(run)
+
+
+def test_old_checkpoints_go_by_policy(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, keep_checkpoints=2)
+    other = tmp_path / "run-2--1_chkpt"
+    other.mkdir()
+    Trainer(config).run()
+    assert sorted(path.name for path in tmp_path.glob("*_chkpt")) == ["run--2_chkpt", "run--3_chkpt", other.name]
+    with pytest.raises(FlagError, match="keep_checkpoints"):
+        _config(tiny_folder, tmp_path, keep_checkpoints=2, save_latest_checkpoint_only=True).check()
+
+
+def test_the_gate_of_the_last_validation_outlives_a_resume(run: FinetuneConfig) -> None:
+    path = _folder(run, 3) / checkpoints.STATE
+    (path.parent / MANIFEST).unlink()
+    torch.save({**read_torch(path), "gate": {"margin": 0.25, "frames": 3}}, path)
+    trainer = Trainer(run)
+    assert trainer.gate == {"margin": 0.25, "frames": 3}
+    from vla_energy.checkpoint import load_head
+
+    assert load_head(checkpoints.save(trainer)).extra == {"rerank_margin": 0.25}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_the_step_under_way_and_say_how_to_go_on(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=9, save_freq=100)
+    trainer = Trainer(config)
+    step = trainer.train_step
+
+    def interrupted(*args: Any) -> Any:
+        if trainer.step == 1:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    before = signal.getsignal(number)
+    with pytest.raises(RunStoppedError, match="--resume True goes on") as raised:
+        trainer.run()
+    assert raised.value.exit_code == code and signal.getsignal(number) == before
+    assert check_seal(_folder(config, 2)) == 2 and trainer.step == 2
+
+
+@pytest.fixture
+def no_room() -> Iterator[Any]:
+    """Files cannot grow beyond a limit, as on a full disk: Python, torch and safetensors each fail in their own way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [100, 4_000, 60_000, 400_000])
+@pytest.mark.parametrize("latest", [False, True])
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(
+    run: FinetuneConfig, no_room: Any, size: int, latest: bool
+) -> None:
+    run.save_latest_checkpoint_only = latest
+    trainer = Trainer(run)
+    checkpoints.save(trainer)
+    before = checkpoints.find(run)
+    with pytest.raises(CheckpointError, match="not written.*intact.*--resume True"):
+        no_room(size)
+        try:
+            checkpoints.save(trainer)
+        finally:
+            no_room(resource.RLIM_INFINITY if size < 0 else 2**40)
+    assert checkpoints.find(run) == before
+    assert not list(run.run_root_dir.rglob("*.partial"))
+
+
+def test_a_torn_row_of_metrics_is_dropped_and_a_damaged_one_told(run: FinetuneConfig) -> None:
+    path = run.run_dir / "metrics.jsonl"
+    rows = path.read_text().splitlines()
+    path.write_text("\n".join(rows) + '\n{"step": 4, "tra')
+    with MetricLog(run, 3) as log:
+        log.sync()
+    assert path.read_text().splitlines() == rows
+    path.write_text('{"step"\n' + "\n".join(rows))
+    with pytest.raises(CheckpointError, match="line 1 is damaged"):
+        MetricLog(run, 3)

@@ -1,0 +1,132 @@
+"""Whatever fails beside the policy, its own chunk is executed; in evaluation it ends the run instead."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vla_energy import EnergyConfig, EnergyHead, Reranker
+from vla_energy.checkpoint import save_head
+from vla_energy.fallback import Fallback
+from vla_energy.rerank import CompatibilityError
+from vla_energy.rollout.interface import Request
+from vla_energy.rollout.policy import CheckpointPolicy
+from vla_energy.rollout.world import Observation
+
+
+def test_failures_are_counted_by_kind_and_logged_at_every_doubling(caplog: pytest.LogCaptureFixture) -> None:
+    fallback, errors = Fallback(False, (OSError,)), [ValueError("a"), KeyError("b"), RuntimeError("c")]
+
+    def fail(error: Exception) -> int:
+        raise error
+
+    with caplog.at_level(logging.ERROR):
+        for turn in range(9):
+            assert fallback(lambda turn=turn: fail(errors[turn % 3]), lambda: 3, "it") == 3
+    assert fallback.counts == {"ValueError": 3, "KeyError": 3, "RuntimeError": 3} and fallback.total == 9
+    logged = zip((1, 2, 4, 8), caplog.records, strict=True)
+    assert all(f"({count} times" in row.getMessage() for count, row in logged)
+    assert [bool(row.exc_info) for row in caplog.records] == [True, False, False, False]
+    with pytest.raises(OSError, match="wrong use"):
+        fallback(lambda: fail(OSError("wrong use")), lambda: 3, "it")
+    with pytest.raises(KeyboardInterrupt):
+        fallback(lambda: (_ for _ in ()).throw(KeyboardInterrupt()), lambda: 3, "it")
+    with pytest.raises(ValueError, match="a"):
+        Fallback(True)(lambda: fail(errors[0]), lambda: 3, "it")
+
+
+def _reranker(strict: bool) -> Reranker:
+    torch.manual_seed(0)
+    return Reranker(EnergyHead(6, 3, 2, EnergyConfig()), None, EnergyConfig(), 0.0, strict=strict)
+
+
+def test_a_reranker_falls_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    context, mask, candidates = torch.randn(2, 4, 6), torch.ones(2, 4, dtype=torch.bool), torch.randn(2, 5, 2, 3)
+    mask[1] = False  # the head refuses a row without a token
+    reranker = _reranker(strict=False)
+    result = reranker(context, mask, candidates)
+    assert torch.equal(result.actions, candidates[:, 0]) and not result.accepted.any() and not result.index.any()
+    assert reranker.fallback.counts == {"ValueError": 1} and reranker.head.training is not None
+    with pytest.raises(ValueError, match="row 1"):
+        _reranker(strict=True)(context, mask, candidates)
+    with pytest.raises(CompatibilityError):
+        reranker(context[..., :5], mask, candidates)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, statistics: Any) -> Path:
+    """The tiny policy with a head whose gate is open."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("policy") / "vla"
+    shutil.copytree(tiny_folder, folder)
+    from vla_energy.backbones import load_openvla
+
+    vla = load_openvla(folder)
+    torch.manual_seed(0)
+    save_head(folder, EnergyHead(vla.context_dim, 4, 8, EnergyConfig()), 0, statistics, {"rerank_margin": 0.0})
+    return folder
+
+
+def _requests() -> list[Request]:
+    images = np.random.default_rng(0).integers(0, 255, (2, 1, 64, 64, 3), np.uint8)
+    return [
+        Request(Observation(image, np.zeros(4, np.float32), "reach"), torch.Generator().manual_seed(row))
+        for row, image in enumerate(images)
+    ]
+
+
+PLACES = {
+    "candidates": ("vla_energy.modes.propose", "rerank"),
+    "head": ("vla_energy.head.EnergyHead.forward", "rerank"),
+    "encode": ("vla_energy.head.EnergyHead.encode", "rerank"),
+    "gate": ("vla_energy.modes.Advisor.decide", "rerank"),
+    "refine": ("vla_energy.modes.refine", "refine"),
+    "replan": ("vla_energy.rollout.policy.replan", "replan"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_policy_falls_back_bit_for_bit_wherever_it_fails(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    target, arm = PLACES[place]
+    strict, policy = (CheckpointPolicy(folder, strict=strict) for strict in (True, False))
+    expected = policy.act(_requests(), "policy")
+    assert [decision.telemetry["fallback"] for decision in policy.act(_requests(), arm)] == [0.0, 0.0]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(target, fail)
+    requests = _requests()
+    decisions = policy.act(requests, arm)
+    for own, decision, request in zip(expected, decisions, requests, strict=True):
+        assert np.array_equal(own.actions.values, decision.actions.values)
+        assert not decision.accepted and decision.telemetry == {"fallback": 1.0} and decision.memo is None
+        assert request.generator.initial_seed() in (0, 1)
+    assert policy.fallback.counts == {"IndexError": 1} and f"arm {arm} failed" in caplog.text
+    with pytest.raises(IndexError, match="a bug"):
+        strict.act(_requests(), arm)
+
+
+def test_an_accepted_chunk_that_is_not_finite_is_a_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = CheckpointPolicy(folder)
+    expected = policy.act(_requests(), "policy")
+    decide = policy._advisor.decide
+
+    def broken(*args: Any) -> Any:
+        proposal, accepted = decide(*args)
+        return type(proposal)(
+            torch.full_like(proposal.actions, torch.nan), proposal.gain, proposal.nearest
+        ), accepted | True
+
+    monkeypatch.setattr(policy._advisor, "decide", broken)
+    for own, decision in zip(expected, policy.act(_requests(), "rerank"), strict=True):
+        assert np.array_equal(own.actions.values, decision.actions.values)
+    assert policy.fallback.counts == {"ValueError": 1}

@@ -1,0 +1,54 @@
+"""What the policy does where the energy fails: its own chunk, counted and loud. No reranker may stop a robot."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Fallback:
+    """Calls what may fail, and counts what did.
+
+    Args:
+        strict: failures are raised. For evaluation, where a bug must end the run: an episode of the policy's own chunks
+            would be counted as one of the arm.
+        fatal: exceptions that are raised in any case: the program is used wrongly, and says so.
+
+    Attributes:
+        counts: failures by class name.
+    """
+
+    def __init__(self, strict: bool, fatal: tuple[type[Exception], ...] = ()) -> None:
+        self.strict, self._fatal = strict, fatal
+        self.counts: Counter[str] = Counter()
+
+    @property
+    def total(self) -> int:
+        """How often the policy's own chunk was taken because something failed."""
+        return sum(self.counts.values())
+
+    def __call__(self, attempt: Callable[[], T], own: Callable[[], T], what: str) -> T:
+        """`attempt()`, or after any exception of it `own()`, whose exceptions are nobody's to catch.
+
+        The first failure is logged with its traceback, the later ones in a line, at every doubling of their number.
+
+        Args:
+            what: what was attempted, for the log.
+        """
+        try:
+            return attempt()
+        except Exception as error:
+            if self.strict or isinstance(error, self._fatal):
+                raise
+            self.counts[type(error).__name__] += 1
+            total = self.total
+            message = "%s failed, the policy's own chunk is taken (%d times so far): %s: %s"
+            if not total & (total - 1):
+                logger.error(message, what, total, type(error).__name__, error, exc_info=total == 1)
+        return own()

@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT: the step under way is finished and saved, then the run ends; a second signal ends it at once."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunStoppedError(KeyboardInterrupt):
+    """A signal ended the run after its checkpoint was saved. Its text says how to go on.
+
+    Attributes:
+        exit_code: 128 + the signal's number, as shells have it: 130 of SIGINT, 143 of SIGTERM.
+    """
+
+    def __init__(self, number: int, saved: Path) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"{name}: stopped and saved {saved}; the same command with --resume True goes on from there")
+        self.exit_code = 128 + number
+
+
+class StopSignals:
+    """A context manager that notes the first signal instead of dying of it. Outside the main thread it does nothing.
+
+    Attributes:
+        number: of the signal, None before one came.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _note(self, number: int, _: object) -> None:
+        self.number = number
+        for other in _SIGNALS:
+            signal.signal(other, signal.SIG_DFL)
+        name = signal.Signals(number).name
+        print(f"\n{name}: the step is finished and saved, then the run ends; again ends it at once", file=sys.stderr)
