@@ -5,9 +5,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-done
 LIBERO_STAMP := $(VENV)/.libero-done
+DOCS_STAMP := $(VENV)/.docs-done
 THREADS := OMP_NUM_THREADS=1
 
-.PHONY: setup gl libero demo test test-host-pins check format bench clean
+.PHONY: setup gl libero demo test test-host-pins check format bench docs dist dist-check clean
 
 setup: $(STAMP) gl
 
@@ -55,6 +56,7 @@ check: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/interrogate vla_energy
 
 format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
@@ -65,6 +67,23 @@ bench: setup
 	  [ -e "$$file" ] || continue; found=1; echo "== $$file"; $(THREADS) $(PY) "$$file" --quick || exit 1; \
 	done; [ -n "$$found" ] || echo "this version has no benchmarks/*.py; measured results are in README.md"
 
+docs: setup $(DOCS_STAMP)
+	$(VENV)/bin/mkdocs build --strict
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "installing what builds the site into $(VENV)"
+	@pins=$$($(PY) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")'); \
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --quiet $$pins -e '.[docs]'
+	@touch $@
+
+# Wheel and sdist of the last commit, the same bytes each time.
+dist: $(STAMP)
+	$(PY) scripts/make_dist.py
+
+# The slow proof: built twice, twine, the wheel in an empty environment. WITH="torch==2.13.0+cpu" takes other versions there.
+dist-check: $(STAMP)
+	$(PY) scripts/make_dist.py --check $(if $(WITH),--with $(WITH))
+
 clean:
-	rm -rf runs/demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs/demo build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find vla_energy tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -40,6 +40,16 @@ the whole job on two CPU cores; it is no general robot policy.
 
 ![curves](curves.svg)
 
+## Use
+
+- **For**: running the whole job (fine-tuning, energy head, preflight, rollouts, the openvla-oft plugin) on two CPU
+  cores, in tests, demos and small measurements of methods.
+- **Not for**: driving a real robot, claims about policies of billions of parameters, or tasks and cameras other than
+  Meta-World's as recorded here. It has seen a few words of English: the tasks' names.
+- **Limits**: no success on {failed} of its own {count} tasks; its success rates have wide intervals.
+- **Licence**: MIT, as this package. Trained from random weights on simulated demonstrations: no other model's weights
+  are in it.
+
 ## Closed loop
 
 Seeds 1,000,000 and up (never recorded), {episodes} episodes a task, a new chunk every {replan} steps, at most
@@ -114,6 +124,8 @@ def main() -> None:
         limit=settings["max_steps"],
         overall=100 * rollouts["overall"]["arms"]["policy"]["success"],
         table=table,
+        failed=sum(not arm["success"] for arm in arms.values()),
+        count=len(arms),
         tasks=", ".join(SEEN_TASKS),
     )
     (args.out / "README.md").write_text(card)

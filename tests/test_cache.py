@@ -137,14 +137,23 @@ def test_killed_and_torn_builds_go_on_to_the_same_bytes(tiny_folder: Path, built
     assert _builder(tiny_folder, out).todo == []
 
 
-def test_the_command_in_the_message_mends_a_torn_shard(copied: Path, built: Path) -> None:
+def test_the_command_in_the_message_mends_a_torn_shard(
+    copied: Path, built: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     _spoil(_shards(copied)[3])
     _shards(copied)[0].unlink()
     with pytest.raises(CacheError, match="this command builds them") as caught:
         FeatureCache(copied)
     command = shlex.split(str(caught.value).partition("leaves the others: ")[2])
     assert command[:2] == ["vla-energy", "cache"]
-    assert main(command[1:]) == 0 and _bytes(copied) == _bytes(built)
+    capsys.readouterr()
+    assert main([*command[1:], "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["frames"] == 28 and 0 < told["left"] < told["bytes"]
+    assert main([*command[1:], "--json"]) == 0 and _bytes(copied) == _bytes(built)
+    assert json.loads(capsys.readouterr().out) == {
+        "frames": 28, "bytes": sum(path.stat().st_size for path in _shards(built)), "left": 0
+    }  # fmt: skip
 
 
 def test_a_full_disk_stops_with_what_is_left(
@@ -304,8 +313,12 @@ def test_several_presets_make_checkpoints_that_rollouts_take(
     out = tmp_path / "heads"
     flags = ["train-head", "--cache", str(built), "--out", str(out), "--batch-size", "8", "--epochs", "1.5"]
     more = ["--val-cache", str(held_out), "--presets", "stage1,recommended", "--energy.loss.listwise", "0.25"]
-    assert main([*flags, *more]) == 0
-    assert '"spearman"' in capsys.readouterr().out
+    assert main([*flags, *more, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {name: one["folder"] for name, one in told.items()} == {
+        name: str(out / name) for name in ("stage1", "recommended")
+    }
+    assert -1 <= told["recommended"]["results"]["energy"]["spearman"] <= 1
     for name in ("stage1", "recommended"):
         assert "rerank" in load_policy(str(out / name)).arms
         head = load_head(out / name)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,46 @@ def test_help_is_quick():
     code = f"import sys; from vla_energy.cli import build_parser; build_parser(); print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def help_of(capsys, *command: str) -> list[str]:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--help"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_help_fits_a_screen(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_of(capsys)
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    for name, (_, text) in cli.COMMANDS.items():
+        assert any(line.split() == [name, *text.split()] for line in lines), f"{name} takes more than its line"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_an_example_that_parses(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = help_of(capsys, name)
+    assert max(map(len, lines)) <= 80
+    text = "\n".join(lines).replace("\\\n", " ")
+    examples = re.findall(rf"^  (vla-energy {name}\b.*)$", text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        words = shlex.split(re.split(r"\s{2,}(?=[a-z])| >", example)[0])
+        assert cli.build_parser().parse_args(words[1:]).command == name
+
+
+def test_what_a_program_may_read_can_be_json():
+    (commands,) = [action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)]
+    told = {name for name, parser in commands.items() if "--json" in parser._option_string_actions}
+    assert set(commands) - told == {"completion", "memory"}  # a script for a shell; a file whose path is printed
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == metadata.version("vla-energy")
 
 
 def test_rollout_prints_a_table_and_writes_the_results(tmp_path, capsys):

@@ -218,7 +218,7 @@ def test_monitors_measure_and_warn_in_words(
     assert ["energy/alignment" in row for row in rows] == [False, True, False, True]
     assert {"energy/skips", "energy/skips/nonfinite", "energy/saturated", "energy/chance"} <= rows[1].keys()
     warnings = [record.message for record in caplog.records if record.name == "vla_energy.finetune.monitor"]
-    assert any(text.startswith("step 2") and "docs/stability.md#saturated" in text for text in warnings)
+    assert any(text.startswith("step 2") and "docs/troubleshooting.md#saturated" in text for text in warnings)
 
 
 def test_sources_that_cannot_give_a_chunk_are_told_at_start(

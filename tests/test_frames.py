@@ -308,7 +308,8 @@ def test_replanning_remembers_its_plan_between_decisions(policy: CheckpointPolic
     ]
     second = policy.act(requests, "replan")
     for old, new in zip(first, second, strict=True):
-        assert {"energy_rise", "interval"} == set(new.telemetry) and new.execute == new.telemetry["interval"]
+        assert {"energy_rise", "fallback", "interval"} == set(new.telemetry)
+        assert new.execute == new.telemetry["interval"]
         kept = new.telemetry["energy_rise"] <= 0.5
         assert new.accepted == kept and new.execute == (4 if kept else 2)
         rest = old.actions.values[2:] if kept else old.actions.values[: H - 2]

@@ -54,7 +54,7 @@ CASES: dict[str, tuple[dict[str, float], int, list[str]]] = {
 
 
 def _anchors(warnings: list[str]) -> list[str]:
-    return [re.fullmatch(r".+; see docs/stability\.md#(\w+)", warning)[1] for warning in warnings]  # type: ignore[index]
+    return [re.fullmatch(r".+; see docs/troubleshooting\.md#(\w+)", warning)[1] for warning in warnings]  # type: ignore[index]
 
 
 class Run:

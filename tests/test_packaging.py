@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import json
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import draccus
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from make_dist import normalise
 
 from vla_energy.config import PRESETS, EnergyConfig
 from vla_energy.extras import NATIVE
@@ -48,13 +54,55 @@ def test_the_native_extra_is_what_the_backbone_asks_for() -> None:
 
 def test_constraints_satisfy_the_extras() -> None:
     pins = _pins("constraints.txt")
-    for group in ("dependencies", "native", "data", "sim", "retrieval", "libero", "dev"):
+    groups = ("dependencies", "native", "data", "sim", "retrieval", "libero", "completion", "docs", "dev")
+    for group in groups:
         for requirement in map(Requirement, _array(group)):
             name = canonicalize_name(requirement.name)
             if name in pins:
                 assert requirement.specifier.contains(pins[name]), requirement
             else:
                 assert requirement.name == "tensorflow", f"{requirement} has no pin"  # not on Linux x86-64
+
+
+def test_the_data_card_counts_what_ships() -> None:
+    card = (ROOT / "vla_energy/data/bundled/README.md").read_text(encoding="utf-8")
+    (info,) = (ROOT / "vla_energy/data/bundled").glob("*/*/dataset_info.json")
+    episodes = {split["name"]: split["shardLengths"] for split in json.loads(info.read_text())["splits"]}
+    rows = re.findall(r"^\| episodes \| (\d+) \| (\d+) \|$", card, re.MULTILINE)
+    assert [(sum(map(int, episodes["train"])), sum(map(int, episodes["val"])))] == [tuple(map(int, *rows))]
+
+
+@pytest.mark.parametrize("path", ["vla_energy/data/bundled", "vla_energy/backbones/tiny_openvla"])
+def test_what_ships_has_a_card(path: str) -> None:
+    card = (ROOT / path / "README.md").read_text(encoding="utf-8")
+    for part in ("**For**", "**Not for**", "**Licence**"):
+        assert part in card, f"{path}/README.md has no {part}"
+
+
+def test_the_citation_names_this_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for field in ("version", "license"):
+        (stated,) = re.findall(rf'^{field} = "(.+)"$', project, re.MULTILINE)
+        assert re.search(rf"^{field}: {re.escape(stated)}$", citation, re.MULTILINE), field
+
+
+def test_an_sdist_is_the_same_whenever_it_is_packed(tmp_path: Path) -> None:
+    packed = []
+    for number, (mode, when) in enumerate([(0o600, 1_000_000), (0o664, 2_000_000)]):
+        path = tmp_path / f"{number}.tar.gz"
+        with tarfile.open(path, "w:gz") as tar:
+            names = ("a/one.py", "a/two.py") if number else ("a/two.py", "a/one.py")
+            for name in names:
+                member = tarfile.TarInfo(name)
+                member.size, member.mode, member.mtime, member.uid, member.uname = 4, mode, when, number, str(number)
+                tar.addfile(member, io.BytesIO(name[2:6].encode()))
+        assert normalise(path, 1_700_000_000) is None
+        packed.append(path.read_bytes())
+    assert packed[0] == packed[1]
+    with tarfile.open(tmp_path / "0.tar.gz") as tar:
+        assert [(entry.name, entry.mtime) for entry in tar] == [("a/one.py", 1.7e9), ("a/two.py", 1.7e9)]
+        assert (read := tar.extractfile("a/two.py")) is not None and read.read() == b"two."
 
 
 def test_import_is_light() -> None:

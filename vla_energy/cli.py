@@ -1,4 +1,4 @@
-"""The `vla-energy` command: each subcommand is a module with `add_arguments(parser)` and `run(args) -> int`.
+"""The `vla-energy` command: each subcommand is a module with `EXAMPLE`, `add_arguments(parser)`, `run(args) -> int`.
 
 Command modules keep their heavy imports inside `run`, so that `--help` is answered at once. An error of ours is
 one line on stderr and exit code 2; anything else is a defect and keeps its traceback.
@@ -9,26 +9,25 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
+from importlib import metadata
 from typing import NoReturn
 
 COMMANDS = {
-    "cache": ("vla_energy.finetune.cache_command", "run the frozen policy once over a dataset, to train heads from"),
-    "doctor": ("vla_energy.doctor.command", "what silently breaks a policy: attention, vision, statistics, versions"),
-    "memory": ("vla_energy.finetune.remember", "remember the training set beside a checkpoint, for retrieval"),
-    "patch": (
-        "vla_energy.hosts.patch_command",
-        "add the energy head's lines to an openvla-oft checkout, or take them out",
-    ),
-    "preflight": (
-        "vla_energy.preflight.command",
-        "will reranking or retrieval help? a verdict from held-out data",
-    ),
+    "cache": ("vla_energy.finetune.cache_command", "run the frozen policy once over a dataset"),
+    "completion": ("vla_energy.completion", "print a completion script for bash, zsh or tcsh"),
+    "doctor": ("vla_energy.doctor.command", "what silently breaks a policy, its cost and remedy"),
+    "memory": ("vla_energy.finetune.remember", "remember the training set, for retrieval"),
+    "patch": ("vla_energy.hosts.patch_command", "the energy head's lines in an openvla-oft checkout"),
+    "preflight": ("vla_energy.preflight.command", "will reranking help? a verdict from held-out data"),
+    "rollout": ("vla_energy.rollout.command", "closed-loop episodes, arms paired by seed"),
     "train-head": ("vla_energy.finetune.head_command", "train energy heads from a feature cache"),
-    "rollout": ("vla_energy.rollout.command", "closed-loop episodes of a checkpoint, arms paired by seed"),
 }
-"""Subcommand -> its module, and one line of help."""
+"""Subcommand -> its module, and one line of help: `vla-energy --help` fits 24 lines of 80 columns."""
+
+EPILOG = "vla-energy COMMAND --help shows its flags and an example. Fine-tuning: scripts/finetune_energy.py."
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -45,13 +44,31 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
+class _Version(argparse.Action):
+    """Prints the version when asked: looking it up takes longer than the rest of `--help`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(metadata.version("vla-energy"))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
-    parser = _Parser(prog="vla-energy", description="Energy heads for OpenVLA-style policies.")
+    parser = _Parser(prog="vla-energy", description="Energy heads for OpenVLA-style policies.", epilog=EPILOG)
+    parser.add_argument("-V", "--version", action=_Version, help="show the installed version and exit")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():
         command = importlib.import_module(module)
-        subparser = subparsers.add_parser(name, help=text, description=command.__doc__)
+        subparser = subparsers.add_parser(
+            name,
+            help=text,
+            description=textwrap.fill(command.__doc__ or "", 78),
+            epilog=command.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_arguments(subparser)
         subparser.add_argument("--traceback", action="store_true", help="show where an error came from")
         subparser.set_defaults(run=command.run)

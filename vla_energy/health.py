@@ -1,8 +1,8 @@
 """The monitors that warn in words: metrics of the training go in, sentences come out.
 
 Each symptom is a row of `SYMPTOMS`: how it is judged, what it means, what to try. Its name is also its anchor in
-docs/stability.md. The symptoms are those of the report (F1 flat, F2 NaN, F4 the margin loss alike) and their measured
-causes: an offset that drifts into saturation, a head that hardly sees the action, batches without negatives.
+docs/troubleshooting.md. The symptoms are those of the report (F1 flat, F2 NaN, F4 the margin loss alike) and their
+measured causes: an offset that drifts into saturation, a head that hardly sees the action, batches without negatives.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Symptom:
     """One thing that goes wrong.
 
     Attributes:
-        name: also the anchor in docs/stability.md.
+        name: also the anchor in docs/troubleshooting.md.
         judge: looks at every update, also while nothing is wrong.
         meaning, remedy: what it means and what to try.
     """
@@ -73,7 +73,7 @@ class Symptom:
 
     def message(self, seen: Iterable[str]) -> str:
         """The warning, given what was seen."""
-        return f"{', '.join(seen)}: {self.meaning}; {self.remedy}; see docs/stability.md#{self.name}"
+        return f"{', '.join(seen)}: {self.meaning}; {self.remedy}; see docs/troubleshooting.md#{self.name}"
 
 
 class HealthWatch:

@@ -24,7 +24,9 @@ class HeadConfig:
     Attributes:
         name: `residual`, ours, or `original`, the head whose training failed.
         hidden_dim: width; a multiple of `num_heads`.
+        num_heads: of the attention over the context.
         num_layers: of ours; the original has one cross-attention.
+        dropout: while training; off where candidates are scored.
         deviation_scale: an action's deviation from the centre that the head predicts from the context is measured in
             this unit (normalised action units): the size of a good policy's error, where candidates must be told apart.
         factor_bound: of ours: far from the centre the network multiplies the distance by up to exp(factor_bound) or

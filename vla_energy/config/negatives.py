@@ -22,6 +22,7 @@ class LayerExitsConfig:
         layers: these layers instead of a spread of `count` (which then only has to be above 0); empty is the spread.
         normed: pass inner states through the language model's final norm before the action head decodes them, as the
             last layer's are; the report's exits are raw.
+        weight: what each chunk counts in the losses.
     """
 
     count: int = 4
@@ -44,6 +45,7 @@ class ExpertNoiseConfig:
         stds: standard deviations in normalised action units.
         count: chunks per standard deviation; 0 is off.
         per_dimension: scale the noise by each dimension's spread in the demonstrations, see `noise.noise_scale`.
+        weight: what each chunk counts in the losses.
     """
 
     count: int = 2
@@ -66,6 +68,7 @@ class PolicyNoiseConfig:
         count: noisy chunks per standard deviation, beside the policy's own chunk; 0 turns the noise and the chunk off.
         per_dimension: as in `ExpertNoiseConfig`.
         correlation: of the noise at neighbouring steps; inference proposes smooth noise (0.9), so training meets it.
+        weight: what each chunk counts in the losses.
     """
 
     count: int = 2
@@ -83,7 +86,12 @@ class PolicyNoiseConfig:
 
 @dataclass
 class ShuffleConfig:
-    """The expert's steps in another order, no step in its own place (a derangement for each row)."""
+    """The expert's steps in another order, no step in its own place (a derangement for each row).
+
+    Attributes:
+        count: chunks a row; 0 is off.
+        weight: what each chunk counts in the losses.
+    """
 
     count: int = 0
     weight: float = 1.0
@@ -94,7 +102,13 @@ class ShuffleConfig:
 
 @dataclass
 class ShiftConfig:
-    """The expert's chunk early or late by up to `max_steps` steps; the ends repeat the first or last step."""
+    """The expert's chunk early or late by up to `max_steps` steps; the ends repeat the first or last step.
+
+    Attributes:
+        count: chunks a row; 0 is off.
+        weight: what each chunk counts in the losses.
+        max_steps: the largest shift, in steps.
+    """
 
     count: int = 0
     weight: float = 1.0
@@ -111,6 +125,8 @@ class AmplitudeConfig:
 
     Attributes:
         count: 1 is on, one chunk a factor; 0 is off.
+        weight: what each chunk counts in the losses.
+        factors: of the action; none is 1.
     """
 
     count: int = 0
@@ -125,7 +141,12 @@ class AmplitudeConfig:
 
 @dataclass
 class GripperFlipConfig:
-    """The expert's chunk with the gripper open where it was closed; count 1 is on, 0 is off."""
+    """The expert's chunk with the gripper open where it was closed; count 1 is on, 0 is off.
+
+    Attributes:
+        count: 1 is on, 0 is off.
+        weight: what each chunk counts in the losses.
+    """
 
     count: int = 0
     weight: float = 1.0
@@ -141,6 +162,7 @@ class InBatchConfig:
 
     Attributes:
         count: at most so many of the other B - 1 rows, drawn without replacement; 0 is off.
+        weight: what each chunk counts in the losses.
     """
 
     count: int = 7
@@ -155,6 +177,11 @@ class HardConfig:
     """The chunks of lowest energy among `pool` chunks drawn around expert and policy and from other rows.
 
     Costs one more scoring of `pool` chunks a step, without gradient.
+
+    Attributes:
+        count: chunks a row; 0 is off.
+        weight: what each chunk counts in the losses.
+        pool: chunks that are scored to find them.
     """
 
     count: int = 0
@@ -176,6 +203,7 @@ class RetrievedConfig:
 
     Attributes:
         count: so many of the nearest; 0 is off.
+        weight: what each chunk counts in the losses.
     """
 
     count: int = 0
@@ -197,6 +225,7 @@ class SamplesConfig:
         steps: of a diffusion head's denoising while the energy head trains, of the policy's own chunk, too; each is a
             pass of the language model without gradient over `1 + count` rows a frame. At most
             `num_diffusion_steps_train`.
+        weight: what each chunk counts in the losses.
     """
 
     count: int = 0

@@ -15,6 +15,9 @@ class TemperatureConfig:
     Attributes:
         mode: `fixed` at `value`; `adaptive`, `max(value, factor * std(E))` without gradient, over all ranks' energies;
             `learnable`, starting at `value` and kept within `minimum` and `maximum`.
+        value: of `fixed`, the least of `adaptive`, the start of `learnable`.
+        factor: of `adaptive`.
+        minimum, maximum: bounds of `learnable`.
     """
 
     mode: str = "fixed"
@@ -49,11 +52,14 @@ class LossConfig:
         centre: L1 of the head's centre (the point from which it measures deviations) to the expert's chunk. Row-wise
             losses alone leave the centre far from the expert, where deviations say little.
         distance_scale: mean absolute distance (normalised units) that lowers a chunk's target by a factor e.
+        margin_width: of margin and hinge, in units of energy.
+        diversity_std: below this standard deviation of a row's energies the diversity loss acts.
         margin_sources: the margin's negatives, by names of sources (`layer_exit_1` is layer 1's); empty is all.
         mix_steps: the report's schedule `alpha = min(1, step / mix_steps)`: alpha times InfoNCE and (1 - alpha) times
             margin and hinge; 0 is no schedule.
         log_q: subtract from the expert's and in-batch chunks' logits the log of how common they are in the batch
             (kernel width `log_q_width`, mean absolute distance): in-batch InfoNCE punishes common actions.
+        log_q_width: mean absolute distance, normalised units, at which a chunk counts as another.
         logit_clamp: the report's clamp of logits to +-50; 0 is off. It kills the gradient where it acts.
     """
 
@@ -135,6 +141,7 @@ class GuardConfig:
         max_grad_norm: the gradient's norm is clipped to this.
         skip_grad_norm: above this norm, or where it is not finite, the step is skipped. The report's 10 starves a head
             beside an untrained policy, whose finite gradients clipping makes harmless (norms of 13 to 37 seen).
+        weight_decay: of AdamW, on the head's weights; a learnt temperature has none.
         lr_factor: times `energy_learning_rate`; the report's stage 2 asks for a tenth.
     """
 

@@ -7,6 +7,10 @@ import json
 
 from vla_energy.doctor.findings import Check, Finding, Subject, examine, to_dict, to_text
 
+EXAMPLE = """examples:
+  vla-energy doctor                                  the environment alone
+  vla-energy doctor --checkpoint runs/demo/latest"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""

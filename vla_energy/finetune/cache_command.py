@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+EXAMPLE = """example:
+  vla-energy cache --checkpoint runs/mine/latest --data-root-dir data \\
+      --dataset-name metaworld_unseen6 --out runs/cache"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
@@ -23,10 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of frames (default 0)")
     parser.add_argument("--dry-run", action="store_true", help="tell the size, and write nothing")
+    parser.add_argument("--json", action="store_true", help="print frames and sizes as JSON instead of words")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    import json
+
     from vla_energy.config import checks
     from vla_energy.finetune.features import CacheBuilder, CacheOptions
 
@@ -37,10 +44,14 @@ def run(args: argparse.Namespace) -> int:
         statistics_of=args.statistics, device=args.device, seed=args.seed, precision=args.precision,
         layer_exits=args.layer_exits,
     )  # fmt: skip
-    print(builder.describe(), flush=True)
     if args.dry_run:
+        told = {"frames": builder.manifest.frames, "bytes": builder.size, "left": builder.left}
+        print(json.dumps(told) if args.json else builder.describe())
         return 0
+    if not args.json:
+        print(builder.describe(), flush=True)
     manifest = builder.build()
     written = sum(entry["bytes"] for entry in manifest.shards if entry is not None)
-    print(f"{manifest.frames} frames, {written / 1e6:.1f} MB: {args.out}")
+    told = {"frames": manifest.frames, "bytes": written, "left": 0}
+    print(json.dumps(told) if args.json else f"{manifest.frames} frames, {written / 1e6:.1f} MB: {args.out}")
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from vla_energy.backbones import LoadedVLA
 from vla_energy.backbones.config import OpenVLAConfig
@@ -153,12 +154,16 @@ class FrameReader:
         most = data.num_frames if max_frames is None else max_frames
         size = min(batch_size, data.num_frames)
         left = most - skip * size
-        for raw in data.batches(size, repeat=False, drop_last=False, skip=skip):
-            if left <= 0:
-                return
-            generators = self._generators(most - left, len(raw["actions"]))
-            yield self._run(raw, left, generators, candidates or CandidatesConfig())
-            left -= len(raw["actions"])
+        shown = min(most, data.num_frames)
+        with tqdm(total=shown, initial=shown - max(left, 0), desc=split, disable=None, unit="frame") as bar:
+            for raw in data.batches(size, repeat=False, drop_last=False, skip=skip):
+                if left <= 0:
+                    return
+                generators = self._generators(most - left, len(raw["actions"]))
+                frames = self._run(raw, left, generators, candidates or CandidatesConfig())
+                bar.update(len(frames.expert))
+                yield frames
+                left -= len(raw["actions"])
 
     def frames(self, split: str) -> int:
         """Frames of a split."""

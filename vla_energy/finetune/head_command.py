@@ -9,6 +9,10 @@ from typing import Any
 
 from vla_energy.config import EnergyConfig
 
+EXAMPLE = """example:
+  vla-energy train-head --cache runs/cache --out runs/heads --epochs 20 \\
+      --energy.loss.listwise 0.2"""
+
 _PREFIX = "energy."
 
 
@@ -32,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=7, help="of weights, order and negatives (default 7)")
     parser.add_argument("--device", default="cpu", help="device of the head (default cpu)")
     parser.add_argument("--copy", action="store_true", help="copy the policy's files instead of linking them")
+    parser.add_argument("--json", action="store_true", help="print folders and metrics as one JSON object")
     for name in _leaves(EnergyConfig, _PREFIX):
         parser.add_argument(f"--{name}", metavar="VALUE", help=argparse.SUPPRESS)
 
@@ -49,8 +54,14 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from vla_energy.finetune.head_runs import HeadRuns
+    from vla_energy.rollout.summary import to_json
 
     runs = HeadRuns(args, {name: value for name, value in vars(args).items() if name.startswith(_PREFIX)})
+    told = {}
     for name, folder, results in runs:
-        print(f"{name}: {folder}" + (f"\n{json.dumps(results, indent=1)}" if results else ""), flush=True)
+        told[name] = {"folder": str(folder), "results": to_json(results)}
+        if not args.json:
+            print(f"{name}: {folder}" + (f"\n{json.dumps(results, indent=1)}" if results else ""), flush=True)
+    if args.json:
+        print(json.dumps(told, allow_nan=False))
     return 0

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 
+EXAMPLE = """example:
+  vla-energy memory --checkpoint runs/mine/latest --data-root-dir data \\
+      --dataset-name metaworld_unseen6"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""

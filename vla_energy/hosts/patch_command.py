@@ -18,6 +18,10 @@ _MEANING = {
     patching.ABSENT: "not there",
 }
 
+EXAMPLE = """examples:
+  vla-energy patch check ~/openvla-oft     would it fit? changes nothing
+  vla-energy patch apply ~/openvla-oft"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""

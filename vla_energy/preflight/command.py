@@ -6,6 +6,10 @@ import argparse
 import json
 from typing import Any
 
+EXAMPLE = """example:
+  vla-energy preflight --checkpoint runs/mine/latest --data-root-dir data \\
+      --dataset-name metaworld_unseen6 --out runs/preflight"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""

@@ -6,6 +6,10 @@ import argparse
 import json
 from typing import Any
 
+EXAMPLE = """example:
+  vla-energy rollout --checkpoint runs/demo/latest --tasks drawer-open \\
+      --episodes 50 --arms policy,rerank --out runs/rollout.json"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the flags."""
