@@ -23,7 +23,7 @@ from vla_energy.data.datasets import dataset_config
 from vla_energy.health import SYMPTOMS
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = re.compile(r"```(?:bash|sh)\n(.*?)```", re.DOTALL)
 THEIRS = ("experiments/", "vla-scripts/")
 """Programs of openvla-oft: their flags are not ours to know."""

@@ -126,15 +126,26 @@ def test_config_files_parse_and_pass_the_checks(path: Path) -> None:
     draccus.parse(FinetuneConfig, config_path=path, args=[]).check()
 
 
-def test_readme_python_runs() -> None:
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_readme_python_runs(name: str) -> None:
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
     assert snippets
     for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), {})
+        exec(compile(snippet, name, "exec"), {})
 
 
-def test_readme_flags_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_both_readmes_have_the_same_commands_and_links() -> None:
+    """A translation that falls behind is worse than none."""
+    first, second = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
+    # Words are translated, commands are not.
+    commands = [re.findall(r"^(?:python|vla-energy|make|git) [^#\n]*", text, re.MULTILINE) for text in (first, second)]
+    assert [line.strip() for line in commands[0]] == [line.strip() for line in commands[1]]
+    links = [set(re.findall(r"\]\((docs/[^)]*)\)", text)) for text in (first, second)]
+    assert links[0] <= links[1]
+
+
+def test_documented_flags_of_training_exist() -> None:
+    text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/fine-tune.md"))
     commands = re.findall(r"^python scripts/finetune_energy\.py((?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert commands
     flags = {flag for command in commands for flag in re.findall(r"--([\w.]+)", command)}
