@@ -80,7 +80,7 @@ def test_causal_attention_is_a_problem(subject: Subject, monkeypatch: pytest.Mon
         seen = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, :]
         return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
-    monkeypatch.setattr("vla_energy.backbones.openvla.bidirectional_mask", causal)
+    monkeypatch.setattr("vla_energy.backbones.backbone.bidirectional_mask", causal)
     wanted = {"attention": "problem", "attention, padded batch": "problem", "padding": "ok"}
     assert _status(attention.attention(subject)) == wanted
 
@@ -89,7 +89,7 @@ def test_visible_padding_is_a_problem(subject: Subject, monkeypatch: pytest.Monk
     def all_visible(valid: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(valid), 1, valid.shape[1], valid.shape[1], dtype=dtype)
 
-    monkeypatch.setattr("vla_energy.backbones.openvla.bidirectional_mask", all_visible)
+    monkeypatch.setattr("vla_energy.backbones.backbone.bidirectional_mask", all_visible)
     wanted = {"attention": "ok", "attention, padded batch": "ok", "padding": "problem"}
     assert _status(attention.attention(subject)) == wanted
 
