@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from vla_energy.doctor import (
     statistics,
     towers,
 )
+from vla_energy.doctor.command import diagnose
 from vla_energy.doctor.environment import HOST, NATIVE, Known, fits
 from vla_energy.doctor.findings import Check, Finding, NotCheckedError, Subject, examine, to_dict, to_text
 from vla_energy.doctor.native_model import NativePolicy
@@ -228,6 +230,9 @@ def test_components_once_and_twice(folder: Path) -> None:
     (old,) = folder.glob("action_head--*")
     shutil.copy(old, folder / f"{old.name}.bak")  # the host's rule finds it too
     assert "action_head: 2 files match" in _only(files.components(Subject(folder)), "problem").text
+    shutil.move(folder / f"{old.name}.bak", folder / "action_head--77_checkpoint.pt")
+    with pytest.raises(NotCheckedError, match="there are 2 action heads, see 'components'"):
+        list(policy.load(Subject(folder)))
     for path in folder.glob("action_head--*"):
         path.unlink()
     assert "base model" in _only(files.components(Subject(folder)), "warning").cost
@@ -633,6 +638,21 @@ def test_command_prints_each_finding_with_cost_and_remedy(folder: Path, capsys: 
             assert {*finding["cost"].split(), *finding["remedy"].split()} <= words
     assert printed.count("costs:") == sum(bool(finding["cost"]) for finding in findings)
     assert printed.count("mend:") == sum(finding["status"] in ("warning", "problem") for finding in findings)
+
+
+def _documented() -> list[str]:
+    """Names of findings in docs/doctor.md, as regular expressions."""
+    page = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.split("## Findings")[1].splitlines() if line.startswith("| `")]
+    names = [name for row in [*rows, "`checkpoint`"] for name in re.findall("`([^`]+)`", row)]
+    return [re.sub(r"\b(NAME|N)\b", ".+", re.escape(name)) for name in names]
+
+
+def test_the_page_names_each_finding(folder: Path) -> None:
+    names = _documented()
+    for subject in (Subject(), Subject(folder)):
+        for finding in diagnose(subject):
+            assert any(re.fullmatch(name, finding.check) for name in names), finding.check
 
 
 def test_command_on_the_environment_alone(capsys: pytest.CaptureFixture[str]) -> None:

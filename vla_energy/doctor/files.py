@@ -22,7 +22,8 @@ COMPONENTS = (
 )
 """Names that a component's file has in it, beside the word "checkpoint"."""
 HEAD_REMEDY = (
-    "to have one, train it: --energy.enabled True with the host's patched finetune.py, or scripts/finetune_energy.py"
+    "train one, if you want reranking: --energy.enabled True with the host's patched finetune.py, or "
+    "scripts/finetune_energy.py"
 )
 
 

@@ -61,6 +61,9 @@ def load(subject: Subject) -> Iterator[Finding]:
     folder = subject.folder
     if not any("action_head" in path.name for path in folder.iterdir()) and not is_discrete(folder):
         raise NotCheckedError("a base model: there is no action head to run, see 'components'")
+    for part in ("action_head", "proprio_projector"):
+        if (count := len(list(folder.glob(f"{part}--*_checkpoint.pt")))) > 1:
+            raise NotCheckedError(f"there are {count} {part.replace('_', ' ')}s, see 'components'")
     kind = _kind(subject)
     if kind == "host" and is_discrete(folder):
         raise NotCheckedError(
