@@ -7,8 +7,10 @@
 
 HOST_PYTHON is the interpreter of an environment with the host's pins. The checkout is copied, the copy patched. Runs
 the host's fine-tuning (as it is, twice; patched with the energy off, and on) and compares every file that it
-writes; then the host's evaluation call with the gate shut and open. All of it with one image, then with the wrist
-camera's and proprioception too. Exits with 1 where something differs that must not, or a metric is not finite.
+writes; then the host's evaluation call, and its deploy.py, with the gate shut and open, and its energies against the
+native path's. All of it with one image, then with the wrist camera's and proprioception too, then with FiLM as well;
+last, what the plugin refuses to train beside. Exits with 1 where something differs that must not, or a metric is not
+finite.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -26,43 +27,46 @@ from typing import Any
 
 import numpy as np
 import torch
+from host_cpu import register
+from host_server import HostServer
 
 from vla_energy.actions import load_statistics
+from vla_energy.backbones import load_openvla
 from vla_energy.checkpoint import load_head
 
 ROOT = Path(__file__).parents[1]
 DATASET = "libero_spatial_no_noops"
-INPUTS = {"1": [], "2": ["--num_images_in_input", "2", "--use_proprio", "True"]}
-"""The host's flags by the number of images; its default is one, without proprioception."""
-
-
-def run(args: argparse.Namespace, checkout: Path, *arguments: str) -> str:
-    """One script of the host in `checkout`; its stdout."""
-    paths = [ROOT, args.transformers.resolve() / "src", args.dlimp.resolve(), checkout]
-    environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled",
-        "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "3",
-    }  # fmt: skip
-    command = [str(args.python), str(ROOT / "benchmarks" / "host_cpu.py"), *arguments]
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"error: {' '.join(command)}\n{done.stderr[-3000:]}")
-    return done.stdout
+_TWO = ["--num_images_in_input", "2", "--use_proprio", "True"]
+INPUTS = {"1": [], "2": _TWO, "film": [*_TWO, "--use_film", "True"]}
+"""The host's flags; its default is one image, without proprioception."""
+NAMES = {"1": "one image", "2": "two images, proprio", "film": "two images, proprio, FiLM"}
+REFUSED = {
+    "discrete tokens": (["--use_l1_regression", "False"], "needs --use_l1_regression True"),
+    "diffusion": (["--use_l1_regression", "False", "--use_diffusion", "True"], "would tell the head the answer"),
+}
+"""What the plugin cannot train beside: the host's flags, and words of the reason."""
+TOLERANCE = 1e-5
+"""Largest difference of an energy between the host in fp32 and the native path."""
 
 
 def finetune(args: argparse.Namespace, checkout: Path, target: Path, *flags: str) -> Path:
     """Three optimiser steps (the host's `max_steps` 2) and a checkpoint, moved to `target`."""
     runs = target.parent / "runs"  # always the same: the host writes the path into its files
     shutil.rmtree(runs, ignore_errors=True)
+    args.server.run(checkout, command(args, runs, *flags))
+    return (runs / "run--2_chkpt").rename(target)
+
+
+def command(args: argparse.Namespace, runs: Path, *flags: str) -> list[str]:
+    """Three optimiser steps in the folder `runs`, from a fresh copy of the checkpoint there."""
     vla = runs / "vla"
     shutil.copytree(args.checkpoint, vla)  # the host writes into it
-    run(
-        args, checkout, "finetune", "--vla_path", str(vla), "--data_root_dir", str(args.data_root_dir.resolve()),
+    return [
+        "host_cpu.py", "finetune", "--vla_path", str(vla), "--data_root_dir", str(args.data_root_dir.resolve()),
         "--dataset_name", DATASET, "--run_root_dir", str(runs), "--run_id_override", "run", "--shuffle_buffer_size",
         "64", "--batch_size", "2", "--max_steps", "2", "--save_freq", "2", "--image_aug", "False", "--lora_rank", "4",
         "--wandb_log_freq", "1", *flags,
-    )  # fmt: skip
-    return (runs / "run--2_chkpt").rename(target)
+    ]  # fmt: skip
 
 
 def compare(plain: Path, other: Path) -> tuple[list[str], list[str], list[str]]:
@@ -90,7 +94,7 @@ def metrics(target: Path) -> tuple[int, bool]:
 
 def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path, images: str) -> tuple[dict[str, Any], bool]:
     """What the host's `get_action` answers, and whether that is as it must be."""
-    output = run(args, checkout, "evaluate", str(checkpoint), DATASET, images)
+    (output,) = args.server.run(checkout, ["host_cpu.py", "evaluate", str(checkpoint), DATASET, images])
     line = next(line for line in output.splitlines() if "ANSWERS " in line)
     answers = json.loads(line.split("ANSWERS ", 1)[1])
     plain = np.array(answers["plain"])
@@ -110,9 +114,27 @@ def evaluation(args: argparse.Namespace, checkout: Path, checkpoint: Path, image
         equal = answers[f"recommended for {instruction}"] == wanted
         facts[f"rerank recommended for {instruction} instruction: as it must be"] = equal
         right &= equal
-    difference = _rescored(checkpoint, answers["scored"])
-    facts["the same head and context, host's torch against ours"] = difference
-    return facts, right and difference < 1e-5
+    for name, wanted in (("off", answers["plain"]), ("shut", answers["plain"]), ("open", answers["rerank open"])):
+        equal = answers["deploy"][name] == wanted
+        facts[f"deploy.py, rerank {name}: as get_action"] = equal
+        right &= equal
+    scored, equal = scores(checkpoint, answers)
+    return facts | scored, right and equal
+
+
+def scores(checkpoint: Path, answers: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The same head in the host and in the native path, and whether its energies are equal to 1e-5."""
+    facts: dict[str, Any] = {"energies up to": float(np.abs(answers["scored"]["energies"]).max())}
+    differences = [_rescored(checkpoint, answers["scored"])]
+    facts["energies of the same context, host's torch against ours"] = differences[0]
+    for name, answer in (("fp32", "scored in fp32"), ("bf16", "scored")):
+        energy, context = _native(checkpoint, answers[answer])
+        facts[f"the host in {name} against the native path in fp32, each with its own context"] = (
+            f"energies {energy:.1e}, context {context:.1e}"
+        )
+        if name == "fp32":
+            differences.append(energy)
+    return facts, max(differences) < TOLERANCE
 
 
 def _rescored(checkpoint: Path, scored: dict[str, Any]) -> float:
@@ -121,6 +143,36 @@ def _rescored(checkpoint: Path, scored: dict[str, Any]) -> float:
     context, mask, chunks, energies = (torch.tensor(scored[key]) for key in ("context", "mask", "chunks", "energies"))
     with torch.no_grad():
         return float((head(head.encode(context, mask, chunks[:, 0]), chunks) - energies).abs().max())
+
+
+def _native(checkpoint: Path, scored: dict[str, Any]) -> tuple[float, float]:
+    """Largest differences of energies and visible context: the native path reads what the host's model was given."""
+    batch = {key: torch.tensor(scored[key]) for key in ("pixel_values", "input_ids", "attention_mask")}
+    images = batch["pixel_values"].shape[1] // 6  # two vision towers
+    vla = load_openvla(checkpoint, torch.float32, num_images=images, use_proprio="proprio" in scored)
+    if "proprio" in scored:
+        batch["proprio"] = torch.tensor(scored["proprio"])
+    out = vla.predict(batch, layer_exits="off")
+    head = load_head(checkpoint).head.eval()
+    theirs, mask, chunks, energies = (torch.tensor(scored[key]) for key in ("context", "mask", "chunks", "energies"))
+    if not torch.equal(mask, out.context_mask):
+        sys.exit(f"error: the host shows {int(mask.sum())} tokens to the head, ours {int(out.context_mask.sum())}")
+    with torch.no_grad():
+        ours = head(head.encode(out.context, mask, chunks[:, 0]), chunks)
+    return float((ours - energies).abs().max()), float((out.context - theirs)[mask].abs().max())
+
+
+def refuse(args: argparse.Namespace, work: Path) -> bool:
+    """Whether the host stops where the plugin cannot train beside it, and says why."""
+    fine = True
+    for name, (flags, words) in REFUSED.items():
+        runs = work / name.replace(" ", "-")
+        asked = command(args, runs, *flags, "--energy.enabled", "True")
+        ((code, text),) = args.server.attempt(work / "patched", asked)
+        told = next((line for line in text.splitlines() if "HostError: " in line and words in line), None)
+        print(f"{name}: {told or f'exit code {code}, without the reason'}", flush=True)
+        fine &= bool(code and told) and not list(runs.glob("run--*"))
+    return fine
 
 
 def check(args: argparse.Namespace, work: Path, images: str) -> bool:
@@ -157,18 +209,26 @@ def main() -> None:
     for name in ("python", "host", "transformers", "dlimp", "checkpoint"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--data_root_dir", type=Path, default=ROOT / "tests" / "libero")
-    parser.add_argument("--images", default="1,2", help="1: one image; 2: the wrist camera and proprioception too")
+    parser.add_argument(
+        "--images", default="1,2,film,refused",
+        help="1: one image; 2: the wrist camera and proprioception too; film: these with FiLM; refused: what cannot be",
+    )  # fmt: skip
     args = parser.parse_args()
+    if unknown := sorted({*args.images.split(",")} - {*NAMES, "refused"}):
+        parser.error(f"--images {', '.join(unknown)}: choose from {', '.join(NAMES)}, refused")
+    register(ROOT / "tests" / "golden_towers.py")  # for the native path, in this process
+    args.server = HostServer(args)
     fine = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         for checkout in (work / "plain", work / "patched"):
             shutil.copytree(args.host, checkout)
-        command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(work / "patched")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        patch = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(work / "patched")]
+        subprocess.run(patch, check=True, stdout=subprocess.DEVNULL)
         for images in args.images.split(","):
-            print(f"== {'one image' if images == '1' else 'two images, proprio'}", flush=True)
-            fine &= check(args, work, images)
+            print(f"== {NAMES.get(images, images)}", flush=True)
+            fine &= refuse(args, work) if images == "refused" else check(args, work, images)
+    args.server.close()
     sys.exit(0 if fine else 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,20 @@ from vla_energy.backbones.lora import add_lora
 from vla_energy.backbones.vision import VisionBackbone
 from vla_energy.checkpoint import save_head
 from vla_energy.config import EnergyConfig
-from vla_energy.doctor import actions, attention, environment, files, host, inputs, lora, policy, statistics
+from vla_energy.doctor import (
+    actions,
+    attention,
+    environment,
+    files,
+    host,
+    inputs,
+    lora,
+    old_torch,
+    policy,
+    statistics,
+    towers,
+)
+from vla_energy.doctor.command import diagnose
 from vla_energy.doctor.environment import HOST, NATIVE, Known, fits
 from vla_energy.doctor.findings import Check, Finding, NotCheckedError, Subject, examine, to_dict, to_text
 from vla_energy.doctor.native_model import NativePolicy
@@ -80,7 +94,7 @@ def test_causal_attention_is_a_problem(subject: Subject, monkeypatch: pytest.Mon
         seen = torch.ones(length, length, dtype=torch.bool).tril() & valid[:, None, :]
         return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
 
-    monkeypatch.setattr("vla_energy.backbones.openvla.bidirectional_mask", causal)
+    monkeypatch.setattr("vla_energy.backbones.backbone.bidirectional_mask", causal)
     wanted = {"attention": "problem", "attention, padded batch": "problem", "padding": "ok"}
     assert _status(attention.attention(subject)) == wanted
 
@@ -89,7 +103,7 @@ def test_visible_padding_is_a_problem(subject: Subject, monkeypatch: pytest.Monk
     def all_visible(valid: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.zeros(len(valid), 1, valid.shape[1], valid.shape[1], dtype=dtype)
 
-    monkeypatch.setattr("vla_energy.backbones.openvla.bidirectional_mask", all_visible)
+    monkeypatch.setattr("vla_energy.backbones.backbone.bidirectional_mask", all_visible)
     wanted = {"attention": "ok", "attention, padded batch": "ok", "padding": "problem"}
     assert _status(attention.attention(subject)) == wanted
 
@@ -216,6 +230,9 @@ def test_components_once_and_twice(folder: Path) -> None:
     (old,) = folder.glob("action_head--*")
     shutil.copy(old, folder / f"{old.name}.bak")  # the host's rule finds it too
     assert "action_head: 2 files match" in _only(files.components(Subject(folder)), "problem").text
+    shutil.move(folder / f"{old.name}.bak", folder / "action_head--77_checkpoint.pt")
+    with pytest.raises(NotCheckedError, match="there are 2 action heads, see 'components'"):
+        list(policy.load(Subject(folder)))
     for path in folder.glob("action_head--*"):
         path.unlink()
     assert "base model" in _only(files.components(Subject(folder)), "warning").cost
@@ -223,7 +240,8 @@ def test_components_once_and_twice(folder: Path) -> None:
 
 def test_energy_head_that_fits_and_ones_that_do_not(folder: Path) -> None:
     subject = _load(folder)
-    assert examine([Check("energy head", files.energy_head, "x")], subject)[0].status == "not checked"
+    (missing,) = examine([Check("energy head", files.energy_head, "x")], subject)
+    assert missing.status == "not checked" and "--energy.enabled True" in missing.remedy
     path = _save_head(folder, _entry(folder))
     assert _status(files.energy_head(subject)) == {"energy head": "ok", "energy head's statistics": "ok"}
     _save_head(folder, _swapped(_entry(folder)))
@@ -235,6 +253,8 @@ def test_energy_head_that_fits_and_ones_that_do_not(folder: Path) -> None:
     assert found.status == "problem" and found.text.startswith("could not be checked: CheckpointError")
     _save_head(folder, _entry(folder), step=6)
     assert "energy_head: 2 files match" in _only(files.components(subject), "problem").text
+    (told_once,) = examine([Check("energy head", files.energy_head, "no reranking")], subject)
+    assert told_once.status == "not checked" and "there are 2, see 'components'" in told_once.text
 
 
 def test_memory_that_fits_and_one_that_does_not(folder: Path) -> None:
@@ -390,6 +410,31 @@ def test_stock_transformers_that_may_drop_images(monkeypatch: pytest.MonkeyPatch
 def test_missing_extras_are_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     found = _only(_versions(monkeypatch, torch="2.4"), "not checked")
     assert "transformers, tokenizers, timm" in found.text and "vla-energy[native]" in found.remedy
+
+
+@pytest.mark.parametrize(
+    "found, takes, wanted",
+    [
+        ({"torch": "2.2.0", "numpy": "1.26.4", "transformers": "4.40.1"}, True, {}),
+        ({"torch": "2.2.0", "numpy": "2.1.0", "transformers": "4.40.1"}, True, {}),  # `versions` says it
+        ({"torch": "2.2.0", "numpy": "2.1.0"}, True, {"torch and numpy": "numpy<2"}),
+        ({"torch": "2.3.0", "numpy": "2.1.0"}, True, {}),
+        ({"torch": "2.2.0", "numpy": "1.26.4", "transformers": "5.23.0"}, False, {"torch and transformers": "4.40.1"}),
+    ],
+)
+def test_what_torch_2_2_does_not_go_with(
+    monkeypatch: pytest.MonkeyPatch, found: dict[str, str], takes: bool, wanted: dict[str, str]
+) -> None:
+    monkeypatch.setattr(old_torch, "installed", found.get)
+    monkeypatch.setattr(old_torch, "takes_torch", lambda: takes)
+    problems = list(old_torch.old_torch(Subject()))
+    assert {finding.check: finding.status for finding in problems} == dict.fromkeys(wanted, "problem")
+    for finding in problems:
+        assert wanted[finding.check] in finding.remedy and found["torch"] in finding.text
+
+
+def test_the_installed_transformers_takes_the_installed_torch() -> None:
+    assert _status(old_torch.old_torch(Subject())) == {"torch and transformers": "ok"}
 
 
 def test_bounds() -> None:
@@ -595,6 +640,21 @@ def test_command_prints_each_finding_with_cost_and_remedy(folder: Path, capsys: 
     assert printed.count("mend:") == sum(finding["status"] in ("warning", "problem") for finding in findings)
 
 
+def _documented() -> list[str]:
+    """Names of findings in docs/doctor.md, as regular expressions."""
+    page = (Path(__file__).parents[1] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1] for line in page.split("## Findings")[1].splitlines() if line.startswith("| `")]
+    names = [name for row in [*rows, "`checkpoint`"] for name in re.findall("`([^`]+)`", row)]
+    return [re.sub(r"\b(NAME|N)\b", ".+", re.escape(name)) for name in names]
+
+
+def test_the_page_names_each_finding(folder: Path) -> None:
+    names = _documented()
+    for subject in (Subject(), Subject(folder)):
+        for finding in diagnose(subject):
+            assert any(re.fullmatch(name, finding.check) for name in names), finding.check
+
+
 def test_command_on_the_environment_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor"]) == 0
     printed = capsys.readouterr().out
@@ -613,3 +673,35 @@ def test_command_on_the_environment_alone(capsys: pytest.CaptureFixture[str]) ->
 def test_bad_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", *flags]) == 2
     assert message in capsys.readouterr().err
+
+
+# Vision towers, and what the host's model cannot hold
+
+
+def test_unknown_towers_are_named_with_the_flag_that_registers_them(folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["timm_model_ids"] = ["doctors_own_tower", config["timm_model_ids"][1]]
+    (folder / "config.json").write_text(json.dumps(config))
+    found = _only(policy.load(Subject(folder)), "problem")
+    assert "no vision tower named doctors_own_tower" in found.text and "siglip" not in found.text
+    assert "--towers FILE.py:FUNCTION" in found.remedy
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "from timm.models import register_model\n"
+        "def doctors_own_tower(pretrained=False, **_): raise RuntimeError('built')\n"
+        "def register(): register_model(doctors_own_tower)\n"
+    )
+    towers.call(f"{script}:register")
+    assert not towers.unknown(config) and "built" in _only(policy.load(Subject(folder)), "problem").text
+
+
+def test_towers_that_cannot_be_called_are_refused(tmp_path: Path) -> None:
+    for name in ("no_such_module:register", "json:no_such_function", f"{tmp_path / 'missing.py'}:register", "json"):
+        with pytest.raises(ValueError, match="expected MODULE:FUNCTION or FILE.py:FUNCTION"):
+            towers.call(name)
+
+
+def test_a_vocabulary_of_our_own_is_exported_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "_kind", lambda subject: "host")
+    found = _only(policy.load(Subject(folder)), "problem")
+    assert "768 token ids of its own" in found.text and "host_export" in found.remedy and str(folder) in found.remedy

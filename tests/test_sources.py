@@ -404,6 +404,10 @@ def test_a_policy_without_layer_exits_is_told_what_to_take_instead() -> None:
     (warning,) = check_sources(NegativesConfig(), B, 1, H, A)
     assert "layer_exits.count 0" in warning and "samples.count 2" in warning
     config = NegativesConfig()
+    config.samples.count = 2
+    (warning,) = check_sources(config, B, 1, H, A)
+    assert "layer_exits.count 0" in warning and "samples.count" not in warning
+    config = NegativesConfig()
     config.layer_exits.layers = (1,)
     with pytest.raises(ValueError, match="L=1 has no inner layer"):
         check_sources(config, B, 1, H, A)

@@ -178,10 +178,10 @@ def check_sources(
     _check_settings(config, num_layers, action_dim, traits)
     exits = f"the policy has {num_layers} layers: it needs 3 or more" if num_layers < 3 else None
     if num_layers == 1:
-        exits = (
-            "the policy has no layer exits (--use_l1_regression False): --energy.negatives.layer_exits.count 0 turns "
-            "it off, --energy.negatives.samples.count 2 takes more of the policy's samples"
-        )
+        exits = "the policy has no layer exits (--use_l1_regression False): "
+        exits += "--energy.negatives.layer_exits.count 0 turns it off"
+        if not config.samples.count:
+            exits += ", --energy.negatives.samples.count 2 takes the policy's samples instead"
     few_steps = f"the horizon is {horizon}: it needs 2 or more" if horizon < 2 else None
     idle = {
         "layer_exits": exits,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
+from vla_energy.doctor import towers
 from vla_energy.doctor.findings import Check, Finding, Subject, examine, to_dict, to_text
 
 EXAMPLE = """examples:
@@ -24,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of its weights")
-    parser.add_argument("--towers", metavar="MODULE:FUNCTION", help="called first: registers vision towers with timm")
+    parser.add_argument(
+        "--towers",
+        metavar="MODULE:FUNCTION",
+        help="called first: registers vision towers with timm; or FILE.py:FUNCTION",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -44,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num_images is not None and args.num_images < 1:
         raise ValueError(f"--num-images {args.num_images}: must be 1 or more")
     if args.towers:
-        _call(args.towers)
+        towers.call(args.towers)
     findings = diagnose(subject)
     result = to_dict(findings)
     print(json.dumps(result, indent=1) if args.json else to_text(findings))
@@ -61,11 +66,12 @@ def diagnose(subject: Subject) -> list[Finding]:
 
 
 def _environment(subject: Subject) -> list[Check]:
-    from vla_energy.doctor import environment, host
+    from vla_energy.doctor import environment, host, old_torch
 
     kernels = "gradients that are not finite end a training run, or spoil it without a word"
     checks = [
         Check("versions", environment.versions, "what does not work together fails late, or silently"),
+        Check("torch", old_torch.old_torch, "what does not work together fails late, or silently"),
         Check("device", environment.device, "training on the wrong device takes weeks"),
         Check("attention kernels", environment.kernels, kernels),
         Check("gradient of the gradient", environment.head_gradients, kernels),
@@ -96,15 +102,3 @@ def _checkpoint() -> list[Check]:
         Check("action space", actions.round_trip, other),
         Check("LoRA merge", lora.merge, "the merged policy is not the one that was trained"),
     ]
-
-
-def _call(name: str) -> None:
-    """Calls `module:function`."""
-    import importlib
-
-    module, _, function = name.partition(":")
-    try:
-        target = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--towers {name}: expected MODULE:FUNCTION ({error})") from error
-    target()

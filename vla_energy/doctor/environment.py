@@ -68,7 +68,7 @@ NATIVE = {
 def versions(_subject: Subject) -> Iterator[Finding]:
     """Python and the packages of the stack that the installed transformers belongs to."""
     transformers = installed("transformers")
-    on_host = transformers is not None and _number(transformers) < (5,)
+    on_host = transformers is not None and number(transformers) < (5,)
     stack = HOST if on_host else NATIVE
     found = {name: installed(name) for name in {**EVERYWHERE, **stack}}
     good = [f"Python {sys.version.split()[0]}"]
@@ -80,7 +80,7 @@ def versions(_subject: Subject) -> Iterator[Finding]:
             good.append(f"{name} {version}")
         else:
             yield _unfit(name, version, known)
-    if transformers is not None and (4, 50) <= _number(transformers) < (5,):
+    if transformers is not None and (4, 50) <= number(transformers) < (5,):
         yield Finding(
             "transformers", "warning", f"{transformers} is stock and newer than the fork",
             "images can be dropped without a word from 4.50 on: the policy drives blind",
@@ -104,8 +104,8 @@ def _unfit(name: str, version: str, known: Known) -> Finding:
 
 def fits(version: str, known: Known) -> bool:
     """Whether a version lies within the bounds."""
-    number = _number(version)
-    return (not known.low or number >= _number(known.low)) and (not known.high or number < _number(known.high))
+    found = number(version)
+    return (not known.low or found >= number(known.low)) and (not known.high or found < number(known.high))
 
 
 def installed(name: str) -> str | None:
@@ -116,7 +116,7 @@ def installed(name: str) -> str | None:
         return None
 
 
-def _number(version: str) -> tuple[int, ...]:
+def number(version: str) -> tuple[int, ...]:
     """The release as numbers, without trailing zeros: 2.2.0+cu121 is (2, 2)."""
     matched = re.match(r"\d+(\.\d+)*", version)
     parts = [int(part) for part in matched[0].split(".")] if matched else [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from vla_energy.actions import DatasetStatistics, StatisticsError, load_statistics
 from vla_energy.checkpoint import find_one, load_head
@@ -20,6 +21,10 @@ COMPONENTS = (
     "chunk_memory",
 )
 """Names that a component's file has in it, beside the word "checkpoint"."""
+HEAD_REMEDY = (
+    "train one, if you want reranking: --energy.enabled True with the host's patched finetune.py, or "
+    "scripts/finetune_energy.py"
+)
 
 
 def components(subject: Subject) -> Iterator[Finding]:
@@ -31,8 +36,8 @@ def components(subject: Subject) -> Iterator[Finding]:
         if len(found) > 1:
             yield Finding(
                 "components", "problem", f"{part}: {len(found)} files match, {', '.join(found)}",
-                "the host takes the one file with this in its name and stops if there are more",
-                "move all but one out of the folder, backups too",
+                "host and library take the one file with this in its name, and stop where there are more",
+                "keep the one of the step that the folder's weights are of, and move the others out, backups too",
             )  # fmt: skip
     if not matches["action_head"] and not is_discrete(folder):
         yield Finding(
@@ -48,8 +53,7 @@ def components(subject: Subject) -> Iterator[Finding]:
 def energy_head(subject: Subject) -> Iterator[Finding]:
     """The head's file is readable, fits the policy, and was trained with the policy's statistics; so are its gates."""
     folder = subject.folder
-    if not any("energy_head" in path.name for path in folder.iterdir()):
-        raise NotCheckedError("this checkpoint has none")
+    _one(folder, "energy_head", HEAD_REMEDY)
     loaded = load_head(find_one(folder, "energy_head"))
     head, policy = loaded.head, subject.policy
     gates, _ = load_gates(folder)
@@ -78,8 +82,7 @@ def memory(subject: Subject) -> Iterator[Finding]:
     from vla_energy.memory import PREFIX, ChunkMemory, check_memory
 
     folder = subject.folder
-    if not any(PREFIX in path.name for path in folder.iterdir()):
-        raise NotCheckedError("this checkpoint has none")
+    _one(folder, PREFIX, "vla-energy memory writes one, if you want retrieval")
     try:
         found = ChunkMemory.load(folder)
     except ImportError as error:
@@ -88,6 +91,15 @@ def memory(subject: Subject) -> Iterator[Finding]:
         check_memory(found, subject.policy.horizon, subject.policy.action_dim, subject.policy.context_dim)
     yield Finding("memory", "ok", f"readable, {len(found)} frames")
     yield _same(subject, found.statistics, "memory")
+
+
+def _one(folder: Path, part: str, remedy: str) -> None:
+    """NotCheckedError where there is no such file, or several: that is a problem of `components`, told once."""
+    found = [path.name for path in folder.iterdir() if part in path.name]
+    if not found:
+        raise NotCheckedError("this checkpoint has none", remedy)
+    if len([name for name in found if "checkpoint" in name]) > 1:
+        raise NotCheckedError(f"there are {len(found)}, see 'components': {', '.join(sorted(found))}")
 
 
 def _same(subject: Subject, trained: DatasetStatistics, what: str) -> Finding:

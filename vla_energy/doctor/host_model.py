@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vla_energy.doctor.policy import Batch, component, read_config, stdout_to_stderr
+from vla_energy.doctor.towers import register_ours
 
 with stdout_to_stderr():
     _modeling = importlib.import_module("prismatic.extern.hf.modeling_prismatic")
@@ -52,6 +53,7 @@ class HostPolicy:
                 f"{_constants.ACTION_DIM}: prismatic/vla/constants.py takes them from the command line's words "
                 "(libero, aloha, bridge)"
             )
+        register_ours()
         vla = _vla(folder, dtype, config)
         vla.vision_backbone.set_num_images_in_input(num_images or 1)
         hidden = len(state["model.fc1.bias"])

@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from vla_energy.doctor import towers
 from vla_energy.doctor.findings import Finding, NotCheckedError, Subject
 
 Batch = dict[str, Tensor]
+LLAMA_VOCABULARY = 32000
 
 
 class Policy(Protocol):
@@ -59,6 +61,9 @@ def load(subject: Subject) -> Iterator[Finding]:
     folder = subject.folder
     if not any("action_head" in path.name for path in folder.iterdir()) and not is_discrete(folder):
         raise NotCheckedError("a base model: there is no action head to run, see 'components'")
+    for part in ("action_head", "proprio_projector"):
+        if (count := len(list(folder.glob(f"{part}--*_checkpoint.pt")))) > 1:
+            raise NotCheckedError(f"there are {count} {part.replace('_', ' ')}s, see 'components'")
     kind = _kind(subject)
     if kind == "host" and is_discrete(folder):
         raise NotCheckedError(
@@ -66,6 +71,14 @@ def load(subject: Subject) -> Iterator[Finding]:
         )
     if kind == "host" and any(folder.glob("vision_backbone--*_checkpoint.pt")):
         raise NotCheckedError("a policy with FiLM, which is examined by our model alone", "leave --host out")
+    if kind == "host" and (vocabulary := _vocabulary(read_config(folder))) < LLAMA_VOCABULARY:
+        yield Finding(
+            "policy", "problem", f"{vocabulary} token ids of its own: openvla-oft has Llama-2's ids in its code",
+            "in the host every prompt and every action token is out of range",
+            "export it with our packages (pip install 'vla-energy[native]'), then examine EXPORTED: "
+            f"python -m vla_energy.backbones.host_export {folder} EXPORTED",
+        )  # fmt: skip
+        return
     try:
         if kind == "host":
             from vla_energy.doctor.host_model import HostPolicy as Chosen
@@ -82,15 +95,20 @@ def load(subject: Subject) -> Iterator[Finding]:
         policy = Chosen.load(folder, subject.num_images, dtype, subject.device)
     except (ValueError, OSError, RuntimeError, NotImplementedError, KeyError, AssertionError) as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        yield Finding(
-            "policy", "problem", f"the {kind} model cannot load it: {what}",
-            "nothing of this folder runs", "mend the file that the message names, or copy the checkpoint again",
-        )  # fmt: skip
+        text, remedy = (
+            f"the {kind} model cannot load it: {what}",
+            "mend the file that the message names, or copy it again",
+        )
+        if strange := _unknown_towers(folder):
+            text = f"timm {_import_or_none('timm').__version__} has no vision tower named {', '.join(strange)}"
+            remedy = towers.REMEDY
+        yield Finding("policy", "problem", text, "nothing of this folder runs", remedy)
         return
     subject.policy = policy
     size = sum(parameter.numel() for parameter in policy.backbone.parameters()) / 1e6
     proprio = "no proprioception" if policy.proprio_dim is None else f"proprioception of {policy.proprio_dim}"
-    text = f"{kind} model, {size:.1f} million weights, {policy.num_images} image(s), {proprio}, "
+    # The language model, its vision towers and projector: without action head and proprio projector.
+    text = f"{kind} model, backbone of {size:.1f} million weights, {policy.num_images} image(s), {proprio}, "
     yield Finding("policy", "ok", text + f"chunks of {policy.horizon} x {policy.action_dim}")
 
 
@@ -100,6 +118,17 @@ def _kind(subject: Subject) -> str:
         return "host"
     major = getattr(_import_or_none("transformers"), "__version__", "5").partition(".")[0]
     return "host" if int(major) < 5 and importlib.util.find_spec("prismatic") is not None else "native"
+
+
+def _unknown_towers(folder: Path) -> list[str]:
+    with contextlib.suppress(OSError, ValueError):  # then config.json is what the message is about
+        return towers.unknown(read_config(folder))
+    return []
+
+
+def _vocabulary(config: dict[str, Any]) -> int:
+    """Token ids of the tokenizer; the embedding has some rows more."""
+    return int(config.get("text_config", {}).get("vocab_size", 32064)) - int(config.get("pad_to_multiple_of", 64))
 
 
 def _import_or_none(name: str) -> Any:
@@ -140,7 +169,7 @@ def make_batch(policy: Policy, prompts: tuple[int, ...], seed: int = 0) -> Batch
     """
     generator = torch.Generator().manual_seed(seed)
     config = policy.config
-    vocabulary = int(config["text_config"].get("vocab_size", 32064)) - int(config.get("pad_to_multiple_of", 64))
+    vocabulary = _vocabulary(config)
     actions = policy.horizon * policy.action_dim
     longest = max(prompts) + actions + 1
     ids = torch.full((len(prompts), longest), int(config.get("pad_token_id", 32000)))

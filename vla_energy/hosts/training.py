@@ -236,7 +236,10 @@ def _check_host(host: Any, action_head: Any) -> None:
             "tell the head the answer; fine-tune with --use_l1_regression True"
         )
     if action_head is None or not getattr(host, "use_l1_regression", True):
-        raise HostError("--energy.enabled True needs --use_l1_regression True: layer exits come from the action head")
+        raise HostError(
+            "--energy.enabled True needs --use_l1_regression True: layer exits come from the action head; beside "
+            "discrete tokens scripts/finetune_energy.py trains the energy head"
+        )
     negatives = host.energy.negatives
     if negatives.retrieved.count or negatives.samples.count or host.energy.rollouts.dataset:
         raise HostError(
