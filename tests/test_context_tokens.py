@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_head import A, B, D, H, inputs, make_head
 from torch import Tensor, nn
 
-from vla_energy import residual
+from vla_energy import context_tokens, residual
 from vla_energy.attention import Memory, attend
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.context_tokens import inverse_std, is_harmless, read_tokens, reads_cheaper
@@ -164,9 +164,30 @@ def test_few_queries_read_raw_tokens_and_many_do_not() -> None:
     assert head.scorer.encode(context, mask, candidates=1).tokens is not None
 
 
-@settings(max_examples=15, deadline=None)
+@pytest.fixture
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bfloat16 on any machine."""
+    monkeypatch.setattr(context_tokens, "multiplies_bfloat16", lambda _: True)
+
+
+def test_bfloat16_stays_float32_on_a_cpu_without_it_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    norm, linear, _, context, bias, _ = parts(0)
+    for supported, expected in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda found=supported: found)
+        context_tokens.multiplies_bfloat16.cache_clear()
+        for _ in range(2):
+            assert read_tokens(context, bias, norm, linear, torch.bfloat16).source.dtype == expected
+    context_tokens.multiplies_bfloat16.cache_clear()
+    assert [record.message for record in caplog.records if "head.context_dtype" in record.message] == [
+        "head.context_dtype=bfloat16: this CPU has no products in bfloat16, they are made in float32"
+    ]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 99), st.booleans())
-def test_bfloat16_contexts_move_energies_by_little(seed: int, at_once: bool) -> None:
+def test_bfloat16_contexts_move_energies_by_little(bfloat16: None, seed: int, at_once: bool) -> None:
     context, mask, actions = inputs(seed)
     found = []
     for dtype in ("float32", "bfloat16"):
@@ -181,7 +202,7 @@ def test_bfloat16_contexts_move_energies_by_little(seed: int, at_once: bool) -> 
     assert ((found[1] - found[0]).abs() <= 0.05 * found[0].abs() + 1e-4).all()
 
 
-def test_bfloat16_contexts_give_fp32_gradients_to_every_weight(mode: str) -> None:
+def test_bfloat16_contexts_give_fp32_gradients_to_every_weight(mode: str, bfloat16: None) -> None:
     context, mask, actions = inputs()
     head = EnergyHead(D, A, H, EnergyConfig(head=HeadConfig(hidden_dim=16, context_dtype="bfloat16")))
     output = head((context.bfloat16(), mask, actions[:, 0]), actions, training_output=True)

@@ -41,8 +41,8 @@ class Memory(nn.Module):
         queries = queries * queries.shape[-1] ** -0.5
         by_key, by_value = self.key_value.weight.unflatten(0, (2, self.heads, -1))  # each (heads,width,hidden)
         key_bias, value_bias = self.key_value.bias.unflatten(0, (2, self.heads, -1, 1))
-        found = tokens.read(queries @ by_key, queries @ key_bias)
-        return found @ by_value.transpose(-2, -1) + value_bias.transpose(-2, -1)
+        found = tokens.read(_per_head(queries, by_key), queries @ key_bias)
+        return _per_head(found, by_value.transpose(-2, -1)) + value_bias.transpose(-2, -1)
 
 
 class Block(nn.Module):
@@ -85,6 +85,14 @@ class Block(nn.Module):
         found = read(_split(queries, self.heads)).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.out(found)).unflatten(1, (x.shape[1], -1))
         return x + self.mix @ self.norm_mix(x)
+
+
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """`x (B,heads,Q,m) @ weight (heads,m,n)`, all rows of a head in one product.
+
+    Broadcast instead, the weight's gradient would be made for each of the B rows and then summed.
+    """
+    return (x.transpose(0, 1).flatten(1, 2) @ weight).unflatten(1, (len(x), -1)).transpose(0, 1)
 
 
 def _split(tokens: Tensor, heads: int) -> Tensor:

@@ -35,8 +35,8 @@ class HeadConfig:
         per_step: of the original: False scores the mean of the attended steps (its first version), True takes the mean
             of the steps' energies (its second).
         context_dtype: of ours: float32 or bfloat16, in which the products with the context are made, by far the widest
-            of all; the rest stays float32. bfloat16 pays where the hardware multiplies it (GPUs, CPUs with AMX);
-            elsewhere it is slower. The checkpoint's weights are float32 either way.
+            of all; the rest stays float32. bfloat16 is for GPUs, and CPUs with instructions for it; on a CPU without
+            them (AVX2) the products stay float32, with a warning. The checkpoint's weights are float32 either way.
         block_mib: memory that the forward of one block of rows may keep for the backward, in MiB. A training step of
             more goes in several blocks, whose forward is computed again in the backward; 0: one block, always.
     """
