@@ -84,7 +84,10 @@ class Block(nn.Module):
         queries = self.query(tokens.flatten(1, 2) if self.per_step else tokens.mean(2))
         found = read(_split(queries, self.heads)).transpose(1, 2).flatten(2)
         x = x + self.dropout(self.out(found)).unflatten(1, (x.shape[1], -1))
-        return x + self.mix @ self.norm_mix(x)
+        chunks = self.norm_mix(x).flatten(0, 1)
+        # One small product a chunk: a broadcast matmul would bring the H steps to the end by a copy, and back.
+        mixed = torch.bmm(self.mix.expand(len(chunks), -1, -1), chunks)
+        return x + mixed.unflatten(0, x.shape[:2])
 
 
 def _per_head(x: Tensor, weight: Tensor) -> Tensor:
