@@ -7,29 +7,25 @@ B contexts of 600 tokens of width 4096, each with all B chunks; InfoNCE; gradien
 - ours: the head as it trains, in fp32; and with `head.context_dtype=bfloat16`.
 - ours, copied: our head, but every pair has a copy of its context: what is left is the gain of the architecture.
 - naive: the original head, every pair a copy of its context, as its loss had it.
+- projection: features of every context and the gradient of their weight, two products, and nothing else. A head that
+  projects each context cannot be faster; ours can, as it does not where queries are few.
+- ours, products: the matrix products of ours, at the same shapes, and nothing else.
 
-All arms and the machine's matmul rate are measured in turns in one run, and ratios are of medians of CPU time: other
-load on the machine moves absolute times, not these. The limit is what a head must multiply that projects each context
-once (weights' gradients included, the context's left out), divided by the rate measured at those shapes. `--quick` has
-B=8 alone. Peak memory is of a child process each.
+All arms go in turns in one run, and ratios are of medians of CPU time, with those of wall time in brackets: other load
+on the machine moves absolute times, not these. `--quick` is small enough for CI, and says nothing about speed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peak_memory import peak_above
+from timing import medians, products_of, write
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.head import EnergyHead
@@ -37,23 +33,44 @@ from vla_energy.losses import info_nce
 from vla_energy.original import OriginalScorer
 from vla_energy.ranges import apply_range
 
-TOKENS, WIDTH, HORIZON, DIMS, HIDDEN = 600, 4096, 8, 7, 512
 TEMPERATURE = 0.5
 
 
-def inputs(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Shape:
+    """Tokens S, their width D, and the chunk and head."""
+
+    tokens: int = 600
+    width: int = 4096
+    hidden: int = 512
+    horizon: int = 8
+    dims: int = 7
+
+
+QUICK = Shape(tokens=40, width=256, hidden=64)
+
+
+def inputs(shape: Shape, batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """Contexts `(B,S,D)`, mask `(B,S)`, and `(B,B,H,A)`: each row's own chunk first, then the other rows'."""
     generator = torch.Generator().manual_seed(0)
-    context = torch.randn(batch, TOKENS, WIDTH, generator=generator).to(dtype)
-    chunks = torch.rand(batch, HORIZON, DIMS, generator=generator) * 2 - 1
+    context = torch.randn(batch, shape.tokens, shape.width, generator=generator)
+    chunks = torch.rand(batch, shape.horizon, shape.dims, generator=generator) * 2 - 1
     order = (torch.arange(batch)[:, None] + torch.arange(batch)) % batch
-    return context, torch.ones(batch, TOKENS, dtype=torch.bool), chunks[order]
+    return context, torch.ones(batch, shape.tokens, dtype=torch.bool), chunks[order]
 
 
-def make_head(heads: int, context_dtype: str = "float32") -> EnergyHead:
+def make_head(shape: Shape, heads: int, context_dtype: str = "float32", block_mib: int | None = None) -> EnergyHead:
+    """Ours, with random weights."""
     torch.manual_seed(0)
-    config = EnergyConfig(head=HeadConfig(hidden_dim=HIDDEN, num_heads=heads, context_dtype=context_dtype))
-    return EnergyHead(WIDTH, DIMS, HORIZON, config)
+    config = HeadConfig(hidden_dim=shape.hidden, num_heads=heads, context_dtype=context_dtype)
+    config.block_mib = config.block_mib if block_mib is None else block_mib
+    return EnergyHead(shape.width, shape.dims, shape.horizon, EnergyConfig(head=config))
+
+
+def make_naive(shape: Shape) -> OriginalScorer:
+    """The original's, with random weights."""
+    torch.manual_seed(0)
+    return OriginalScorer(shape.width, shape.dims, shape.horizon, EnergyConfig.preset("original"))
 
 
 def step(head: EnergyHead, context: Tensor, mask: Tensor, actions: Tensor) -> None:
@@ -87,123 +104,69 @@ def naive_step(scorer: OriginalScorer, context: Tensor, mask: Tensor, actions: T
     info_nce(apply_range(raw, scorer.config.range), TEMPERATURE).backward()
 
 
-def wide_products(batch: int) -> Callable[[], object]:
-    """The two products that projecting each context once cannot do without: features, and the weights' gradient."""
-    context, weight = torch.randn(batch * TOKENS, WIDTH), torch.randn(HIDDEN, WIDTH)
-    return lambda: (context @ weight.T) is (torch.randn(1, HIDDEN).expand(batch * TOKENS, -1).T @ context)
+def projection(shape: Shape, batch: int) -> Callable[[], object]:
+    """The two products that projecting each context cannot do without: features, and the weight's gradient."""
+    context, weight = torch.randn(batch * shape.tokens, shape.width), torch.randn(shape.hidden, shape.width)
+    gradient = torch.randn(batch * shape.tokens, shape.hidden)
+    return lambda: (context @ weight.T, gradient.T @ context)
 
 
-def needed_flops(batch: int, heads: int) -> float:
-    """Of a head that projects each context once, by formula; the context has no gradient, all else has two products.
-
-    Features: 2 S D h forward, the same for the weight. Keys and values of reader and scorer: 2 * 2 S h 2h, times 3. Two
-    attentions with H and N = B queries: 2 * 2 S h (H + N), times 3. The scorer's and reader's MLP, (N + 1) H tokens of
-    2 * 4 h h, times 3. What is smaller than these is left out.
-    """
-    del heads  # the same for any number of them
-    features = 2 * 2 * TOKENS * WIDTH * HIDDEN
-    memories = 3 * 2 * 2 * TOKENS * HIDDEN * 2 * HIDDEN
-    attention = 3 * 2 * 2 * TOKENS * HIDDEN * (HORIZON + batch)
-    mlp = 3 * 2 * 4 * HIDDEN * HIDDEN * HORIZON * (batch + 1)
-    return float(batch * (features + memories + attention + mlp))
-
-
-def counted_flops(run: Callable[[], object]) -> float:
-    """What the matrix products of `run` amount to, by PyTorch's counter."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
-
-
-def measure(batch: int, args: argparse.Namespace, rounds: int) -> dict[str, Any]:
-    """Medians of CPU and wall seconds, FLOPs and ratios at one batch size."""
-    batch_inputs, head = inputs(batch), make_head(args.heads)
-    half = make_head(args.heads, "bfloat16")
-    torch.manual_seed(0)
-    naive = OriginalScorer(WIDTH, DIMS, HORIZON, EnergyConfig.preset("original"))
-    products = wide_products(batch)
-    often: dict[str, Callable[[], object]] = {
-        "ours": lambda: step(head, *batch_inputs),
-        "ours, bf16": lambda: step(half, *batch_inputs),
-        "wide products": products,
+def measure(shape: Shape, batch: int, heads: int, rounds: int) -> dict[str, Any]:
+    """Seconds, FLOPs and ratios at one batch size."""
+    given, naive = inputs(shape, batch), make_naive(shape)
+    head, half = make_head(shape, heads), make_head(shape, heads, "bfloat16")
+    products, flops = products_of(lambda: step(head, *given))
+    found = medians(
+        {
+            "ours": lambda: step(head, *given),
+            "ours, bf16": lambda: step(half, *given),
+            "ours, products": products,
+            "projection": projection(shape, batch),
+            "ours, copied": lambda: copied_step(head, *given),
+            "naive": lambda: naive_step(naive, *given),
+        },
+        rounds,
+        {"ours": 4, "ours, bf16": 4, "ours, products": 4, "projection": 2},
+    )
+    wide = 4 * batch * shape.tokens * shape.width * shape.hidden
+    ratios = {
+        kind: {name: found["naive"][kind] / seconds[kind] for name, seconds in found.items()}
+        for kind in ("cpu", "wall")
     }
-    seldom: dict[str, Callable[[], object]] = {
-        "ours, copied": lambda: copied_step(head, *batch_inputs),
-        "naive": lambda: naive_step(naive, *batch_inputs),
-    }
-    for run in often.values():
-        run()
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (*often, *seldom)}
-    for _ in range(rounds):
-        for name, run in (*often.items(), *often.items(), *seldom.items(), *often.items()):
-            cpu, wall = time.process_time(), time.perf_counter()
-            run()
-            seconds[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    cpu = {name: statistics.median(value[0] for value in values) for name, values in seconds.items()}
-    wall = {name: statistics.median(value[1] for value in values) for name, values in seconds.items()}
-    rate = 2 * 2 * batch * TOKENS * WIDTH * HIDDEN / cpu["wide products"]
-    flops = {"needed": needed_flops(batch, args.heads), "ours": counted_flops(often["ours"])}
-    limit = flops["needed"] / rate
-    names = [name for name in cpu if name != "wide products"]
+    limits = {name: found["ours"]["cpu"] / found[name]["cpu"] for name in ("projection", "ours, products")}
     return {
-        "cpu_seconds": cpu,
-        "wall_seconds": wall,
-        "gflops_per_second": rate / 1e9,
-        "gflop": {name: value / 1e9 for name, value in flops.items()},
-        "limit_seconds": limit,
-        "naive_over": {name: cpu["naive"] / cpu[name] for name in names},
-        "naive_over_by_wall": {name: wall["naive"] / wall[name] for name in names},
-        "of_the_limit": {name: cpu[name] / limit for name in names},
-        "rounds": {name: len(values) for name, values in seconds.items()},
+        "seconds": found,
+        "naive_over": ratios,
+        "ours_over": limits,
+        "gflop": {"ours": flops / 1e9, "projection": wide / 1e9},
+        "gflop_per_second": {
+            "ours, products": flops / 1e9 / found["ours, products"]["cpu"],
+            "projection": wide / 1e9 / found["projection"]["cpu"],
+        },
+        "rounds": rounds,
     }
-
-
-def child(args: argparse.Namespace) -> None:
-    """Prints the peak memory of two steps above the inputs, in MiB."""
-    head, batch_inputs = make_head(args.heads, args.child_dtype), inputs(args.child)
-    print(json.dumps(peak_above(lambda: [step(head, *batch_inputs) for _ in range(2)])))
-
-
-def peaks(args: argparse.Namespace, batches: tuple[int, ...]) -> dict[str, float]:
-    """Peak memory above the inputs in MiB, a child process each."""
-    found = {}
-    for batch in batches:
-        command = [sys.executable, __file__, "--child", str(batch), "--heads", str(args.heads)]
-        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-        found[str(batch)] = json.loads(lines[-1])
-    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="B=8 alone, one round of the naive twin")
+    parser.add_argument("--quick", action="store_true", help="small shapes and B=4")
     parser.add_argument("--heads", type=int, default=HeadConfig().num_heads, help="attention heads of ours")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--child", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--child-dtype", default="float32", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/loss.json"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.child:
-        return child(args)
-    rounds = {8: 1} if args.quick else {8: 3, 16: 1}
-    result: dict[str, Any] = {"heads": args.heads, "threads": args.threads, "batches": {}}
-    result["peak_mib"] = peaks(args, (8,) if args.quick else (8, 16, 64))
-    print("| B | arm | CPU s | naive over it (by wall) | of the fp32 limit |\n|---|---|---|---|---|")
-    for batch, count in rounds.items():
-        found = result["batches"][str(batch)] = measure(batch, args, count)
-        for name, ratio in found["naive_over"].items():
-            by_wall, of_limit = found["naive_over_by_wall"][name], found["of_the_limit"][name]
-            cpu = found["cpu_seconds"][name]
-            print(f"| {batch} | {name} | {cpu:.3f} | {ratio:.1f} ({by_wall:.1f}) | {of_limit:.2f} |")
-        gflop = found["gflop"]
-        print(f"| {batch} | limit: {gflop['needed']:.0f} GFLOP at {found['gflops_per_second']:.0f} a second; "
-              f"ours multiplies {gflop['ours']:.0f} | {found['limit_seconds']:.3f} | | 1 |")  # fmt: skip
-    print("\n| B | peak above the inputs, MiB |\n|---|---|")
-    for batch, peak in result["peak_mib"].items():
-        print(f"| {batch} | {peak:.0f} |")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    shape = QUICK if args.quick else Shape()
+    result: dict[str, Any] = {"shape": vars(shape), "heads": args.heads, "batches": {}}
+    print("| B | arm | CPU s | naive over it (by wall) |\n|---|---|---|---|")
+    for batch, rounds in ({4: 2} if args.quick else {8: 4, 16: 1}).items():
+        found = result["batches"][str(batch)] = measure(shape, batch, args.heads, rounds)
+        for name, seconds in found["seconds"].items():
+            by_cpu, by_wall = (found["naive_over"][kind][name] for kind in ("cpu", "wall"))
+            print(f"| {batch} | {name} | {seconds['cpu']:.3f} | {by_cpu:.1f} ({by_wall:.1f}) |", flush=True)
+        for name, ratio in found["ours_over"].items():
+            rate = found["gflop_per_second"][name]
+            print(f"B={batch}: ours takes {ratio:.2f} times '{name}' ({rate:.0f} GFLOP a second)")
+    write(args.out, result)
 
 
 if __name__ == "__main__":
