@@ -132,7 +132,7 @@ def main() -> None:
     with torch.no_grad():
         table, gflop = wide_runs(shape, args.heads, layer)
         slow = ("decoder layer", f"naive {CANDIDATES}")
-        wide = medians(table, 2 if args.quick else 5, {name: 5 for name in table if name not in slow})
+        wide = medians(table, 2 if args.quick else 3, {name: 5 for name in table if name not in slow})
         show(wide, "decoder layer", LAYERS)
         result: dict[str, Any] = {"shape": vars(shape), "heads": args.heads, "wide": wide, "gflop": gflop}
         result["wide_many_over_one"] = many_over_one(wide)
@@ -145,7 +145,7 @@ def main() -> None:
             over = wide[name]["cpu"] / wide[f"{name}, products"]["cpu"]
             print(f"{name}: {over:.2f} times its {count:.3f} GFLOP of matrix products alone")
         runs = policy_runs(args.checkpoint, args.data_root_dir, args.dataset_name, CANDIDATES)
-        policy = result["policy"] = medians(runs, 10 if args.quick else 150)
+        policy = result["policy"] = medians(runs, 10 if args.quick else 60)
         show(policy, "policy's forward", 1)
         result["policy_many_over_one"] = many_over_one(policy)
     write(args.out, result)
