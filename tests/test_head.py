@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla_energy.actions import RawActions
+from vla_energy.attention import attend
 from vla_energy.config import RANGES, EnergyConfig, HeadConfig, LossConfig, RangeConfig, TemperatureConfig
 from vla_energy.head import EnergyHead
-from vla_energy.residual import attend
 
 B, S, D, N, H, A = 3, 7, 12, 5, 4, 3
 

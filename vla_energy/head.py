@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from vla_energy.config import EnergyConfig
+from vla_energy.context_tokens import is_harmless
 from vla_energy.original import OriginalContext, OriginalScorer
 from vla_energy.residual import EncodedContext, ResidualScorer
+from vla_energy.row_blocks import block_rows, in_row_blocks
 from vla_energy.temperature import Temperature
 
 SCORERS = {"residual": ResidualScorer, "original": OriginalScorer}
@@ -26,6 +28,9 @@ several logits must not take thousands of steps."""
 
 Encoded = EncodedContext | OriginalContext
 """What `EnergyHead.encode` returns: `len()` contexts, with `index(rows)`."""
+
+Visible = tuple[Tensor, Tensor, Tensor | None]
+"""Context `(B,S,D)`, mask `(B,S)` and reference `(B,H,A)`, checked."""
 
 
 class HeadOutput(NamedTuple):
@@ -81,16 +86,8 @@ class EnergyHead(nn.Module):
         Raises:
             ValueError: wrong shape, a mask that is not bool, or a row without a valid token (named by its index).
         """
-        length = self._check_context(context, context_mask)
-        if reference is not None:
-            self._check_actions(reference, "(B,H,A)", 3)
-            if len(reference) != len(context):
-                raise ValueError(f"{len(context)} contexts but {len(reference)} reference chunks")
         with torch.autocast(context.device.type, enabled=False):
-            mask = context_mask[:, :length]
-            # Zeroed, not only masked: 0 * NaN from a padding token would be NaN.
-            visible = context[:, :length].float().masked_fill(~mask[..., None], 0.0)
-            return self.scorer.encode(visible, mask, None if reference is None else reference.float())
+            return self.scorer.encode(*self._visible(context, context_mask, reference))
 
     def forward(
         self, context: Any, actions: Tensor, *, training_output: bool = False, executed: Tensor | None = None
@@ -100,7 +97,8 @@ class EnergyHead(nn.Module):
         Args:
             context: what `encode` returned, or its arguments `(context, context_mask[, reference])` to do both in one
                 call; in training under DDP take the latter, through the wrapper and once a step, so that gradients
-                are synchronised.
+                are synchronised. It costs less where the chunks are few, and memory is bounded by
+                `config.head.block_mib`: rows go in blocks that are computed again in the backward pass.
             actions: normalised chunks.
             executed: `(R,H,A)` chunks of rollouts, for the output's `executed`: `context` then holds B + R contexts,
                 the last R theirs, so that a step is one call. Needs `training_output`.
@@ -114,20 +112,20 @@ class EnergyHead(nn.Module):
             self._check_actions(executed, "(R,H,A)", 3)
             if not training_output:
                 raise ValueError("executed chunks are for training alone: they need training_output=True")
-        encoded = self.encode(*context) if isinstance(context, tuple) else context
         rows, extra = len(actions), 0 if executed is None else len(executed)
-        if len(encoded) != rows + extra:
-            more = f" and {extra} executed chunks" if extra else ""
-            raise ValueError(f"{len(encoded)} contexts but {rows} rows of actions{more}")
         with torch.autocast(actions.device.type, enabled=False):
-            own = encoded if executed is None else encoded.index(slice(rows))
-            energies = self.scorer.energies(own, actions.float())
+            contexts = self._visible(*context) if isinstance(context, tuple) else context
+            found = len(contexts[0]) if isinstance(contexts, tuple) else len(contexts)
+            if found != rows + extra:
+                more = f" and {extra} executed chunks" if extra else ""
+                raise ValueError(f"{found} contexts but {rows} rows of actions{more}")
+            energies, *centres = self._score(contexts, slice(rows), actions.float())
             if not training_output:
                 return energies
-            output = HeadOutput(energies, self.scorer.centres(own), self.temperature(energies))
+            output = HeadOutput(energies, tuple(centres), self.temperature(energies))
             if executed is None:
                 return output
-            energy = self.scorer.energies(encoded.index(slice(rows, None)), executed.float()[:, None])[:, 0]
+            energy = self._score(contexts, slice(rows, None), executed.float()[:, None])[0][:, 0]
             bias = None if self.outcome_bias is None else _BIAS_UNIT * self.outcome_bias
             return output._replace(executed=energy, outcome_bias=bias)
 
@@ -143,6 +141,34 @@ class EnergyHead(nn.Module):
         self._check_actions(chunks, "(M,H,A)", 3)
         rows = len(encoded)
         return torch.cat([self(encoded, part.expand(rows, -1, -1, -1)) for part in chunks.split(block_size)], dim=1)
+
+    def _visible(self, context: Tensor, mask: Tensor, reference: Tensor | None = None) -> Visible:
+        """`encode`'s arguments, checked and cropped; padding that could do harm is zeroed."""
+        length = self._check_context(context, mask)
+        if reference is not None:
+            self._check_actions(reference, "(B,H,A)", 3)
+            if len(reference) != len(context):
+                raise ValueError(f"{len(context)} contexts but {len(reference)} reference chunks")
+            reference = reference.float()
+        context, mask = context[:, :length], mask[:, :length]
+        if not is_harmless(context, mask):  # masked is not enough: 0 * NaN from a padding token would be NaN
+            context = context.masked_fill(~mask[..., None], 0.0)
+        return context, mask, reference
+
+    def _score(self, contexts: Any, rows: slice, actions: Tensor) -> tuple[Tensor, ...]:
+        """Energies `(B,N)` of `actions (B,N,H,A)` in the contexts `rows`, and the centres that the head predicts."""
+        if not isinstance(contexts, tuple):
+            own = contexts if len(contexts) == len(actions) else contexts.index(rows)
+            return self.scorer.energies(own, actions), *self.scorer.centres(own)
+        context, mask = contexts[0][rows], contexts[1][rows]
+        reference = None if contexts[2] is None else contexts[2][rows]
+        row_bytes = self.scorer.row_bytes(context.shape[1], actions.shape[1])
+        size = block_rows(len(actions), row_bytes, self.config.head.block_mib << 20)
+        return in_row_blocks(self._score_rows, size, context, mask, reference, actions)
+
+    def _score_rows(self, context: Tensor, mask: Tensor, reference: Tensor | None, actions: Tensor) -> Any:
+        encoded = self.scorer.encode(context, mask, reference, candidates=actions.shape[1])
+        return self.scorer.energies(encoded, actions), *self.scorer.centres(encoded)
 
     def _check_context(self, context: Tensor, mask: Tensor) -> int:
         """Length of the context without trailing columns that are masked in all rows."""

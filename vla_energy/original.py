@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vla_energy.attention import attend
 from vla_energy.config import EnergyConfig
 from vla_energy.ranges import apply_range
-from vla_energy.residual import attend
 
 _MASKED = -1e30  # far below any score, and finite: -inf times zero is NaN in a backward pass
 
@@ -108,17 +108,20 @@ class OriginalScorer(nn.Module):
         self.prediction_head = _ResidualMLP(hidden, hidden, 1, num_blocks=2)
         self.register_buffer("positions", sine_positions(horizon, hidden), persistent=False)
 
-    def encode(self, context: Tensor, mask: Tensor, reference: Tensor | None = None) -> OriginalContext:
+    def encode(
+        self, context: Tensor, mask: Tensor, reference: Tensor | None = None, candidates: int | None = None
+    ) -> OriginalContext:
         """Projects the contexts to keys and values, once.
 
         Args:
-            context: `(B,S,D)` fp32, finite at masked tokens too.
+            context: `(B,S,D)`, finite at masked tokens too.
             mask: `(B,S)` bool, True = valid (the original's is True where a token is ignored).
             reference: not used; ours measures deviations from it.
+            candidates: not used; ours saves work where few are to come.
         """
-        features = self.state_linear(context)
+        features = self.state_linear(context.to(self.positions.dtype))
         keys, values = (self._project(features, part) for part in (1, 2))
-        bias = torch.zeros_like(mask, dtype=context.dtype).masked_fill(~mask, _MASKED)[:, None, None]
+        bias = torch.zeros_like(mask, dtype=features.dtype).masked_fill(~mask, _MASKED)[:, None, None]
         return OriginalContext(keys, values, bias)
 
     def energies(self, encoded: OriginalContext, actions: Tensor) -> Tensor:
@@ -138,6 +141,12 @@ class OriginalScorer(nn.Module):
     def centres(self, encoded: OriginalContext) -> tuple[Tensor, ...]:
         """No chunk is predicted, so there is none to train."""
         return ()
+
+    def row_bytes(self, tokens: int, candidates: int) -> int:
+        """About how much memory one row's encoding and scoring keeps for the backward pass."""
+        width, hidden, horizon = self.state_linear.fc1.in_features, self.config.head.hidden_dim, len(self.positions)
+        queries = horizon * candidates
+        return 4 * (tokens * (width + 8 * hidden) + 3 * self.cross.num_heads * tokens * queries + 20 * queries * hidden)
 
     def _project(self, tokens: Tensor, part: int) -> Tensor:
         """Queries (0), keys (1) or values (2) `(B,heads,T,width)` of `tokens (B,T,hidden)`."""

@@ -14,11 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vla_energy.attention import Block, Memory, Read, attend
 from vla_energy.config import EnergyConfig
+from vla_energy.context_tokens import Tokens, read_tokens, reads_cheaper
 from vla_energy.ranges import apply_range
 
 _CENTRE_BOUND = 1.5  # normalised actions lie in [-1, 1]; the centre may overshoot a little
@@ -33,7 +37,8 @@ class EncodedContext:
     """What the scorer keeps of B contexts; the cost of reading them is paid.
 
     Attributes:
-        keys, values: one `(B,heads,S,width)` per scoring layer.
+        keys, values: one `(B,heads,S,width)` per scoring layer; empty where there are `tokens`.
+        tokens: the contexts themselves, which few chunks read at less cost than making keys and values; else None.
         bias: `(B,1,1,S)`, 0 at valid tokens and very negative at masked ones.
         steps: `(B,H,hidden)` context features of each step of a chunk.
         certainty: `(B,H,A)` weights of the distance to the centre, positive.
@@ -44,6 +49,7 @@ class EncodedContext:
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    tokens: Tokens | None
     bias: Tensor
     steps: Tensor
     certainty: Tensor
@@ -57,72 +63,14 @@ class EncodedContext:
     def index(self, rows: Tensor | slice | Sequence[int]) -> EncodedContext:
         """The contexts `rows`, in that order; rows may repeat."""
         keys, values = (tuple(part[rows] for part in parts) for parts in (self.keys, self.values))
+        tokens = None if self.tokens is None else self.tokens.index(rows)
         rest = (self.bias, self.steps, self.certainty, self.centre, self.blind, self.reference)
-        return EncodedContext(keys, values, *(part[rows] for part in rest))
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-    """Softmax attention, `(B,heads,Q,width)` on `(B,heads,S,width)`.
-
-    Written out because flash and memory-efficient kernels have no double backward, which gradient penalties and
-    landscape measures need; the memory-efficient backward in fp32 is also a known source of NaN (PyTorch 119320).
-    """
-    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1) + bias
-    return scores.softmax(-1) @ values
-
-
-class Memory(nn.Module):
-    """Keys and values `(B,heads,S,width)` of context features `(B,S,hidden)`."""
-
-    def __init__(self, hidden: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.key_value = nn.Linear(hidden, 2 * hidden)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """`(keys, values)` of `features`."""
-        keys, values = self.key_value(features).chunk(2, -1)
-        return _split(keys, self.heads), _split(values, self.heads)
-
-
-class Block(nn.Module):
-    """Pre-norm residual block on chunks `(B,N,H,hidden)`: read the context, mix the H steps of a chunk, MLP.
-
-    All N chunks of a row are one query sequence: the context is not copied N times. Chunks never see each other, so
-    an energy does not depend on which other candidates are scored with it.
-
-    Args:
-        per_step: every step asks the context on its own (N*H queries); else a chunk asks once, for all its steps (N
-            queries), at an H-th of the attention's cost. In a 400-step trial on synthetic contexts (one seed) the
-            Spearman correlation around the policy was 0.65 with the first and 0.64 with the second.
-    """
-
-    def __init__(self, hidden: int, heads: int, horizon: int, dropout: float, per_step: bool) -> None:
-        super().__init__()
-        self.heads, self.per_step = heads, per_step
-        self.norm_read, self.norm_mix, self.norm_mlp = (nn.LayerNorm(hidden) for _ in range(3))
-        self.query, self.out = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
-        self.mix = nn.Parameter(torch.randn(horizon, horizon) * (0.1 / horizon**0.5))
-        self.mlp = nn.Sequential(nn.Linear(hidden, 2 * hidden), nn.SiLU(), nn.Linear(2 * hidden, hidden))
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
-        """New `x (B,N,H,hidden)`; `keys` and `values` are a `Memory`'s, `bias (B,1,1,S)` shuts out masked tokens."""
-        tokens = self.norm_read(x)
-        queries = self.query(tokens.flatten(1, 2) if self.per_step else tokens.mean(2))
-        found = attend(_split(queries, self.heads), keys, values, bias).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.out(found)).unflatten(1, (x.shape[1], -1))
-        x = x + self.mix @ self.norm_mix(x)
-        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+        return EncodedContext(keys, values, tokens, *(part[rows] for part in rest))
 
 
 def _bounded_exp(logarithm: Tensor, bound: float) -> Tensor:
     """A positive factor between `exp(-bound)` and `exp(bound)`, 1 at 0."""
     return (bound * torch.tanh(logarithm / bound)).exp()
-
-
-def _split(tokens: Tensor, heads: int) -> Tensor:
-    return tokens.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class ResidualScorer(nn.Module):
@@ -134,6 +82,11 @@ class ResidualScorer(nn.Module):
         horizon: H, steps of a chunk.
         config: uses `config.head` and `config.range`.
     """
+
+    readers: Any
+    reader_memories: Any
+    scorers: Any
+    scorer_memories: Any
 
     def __init__(self, context_dim: int, action_dim: int, horizon: int, config: EnergyConfig) -> None:
         super().__init__()
@@ -165,19 +118,28 @@ class ResidualScorer(nn.Module):
         nn.init.normal_(self.factor.weight, std=0.02)
         nn.init.zeros_(self.factor.bias)
 
-    def encode(self, context: Tensor, mask: Tensor, reference: Tensor | None = None) -> EncodedContext:
+    def encode(
+        self, context: Tensor, mask: Tensor, reference: Tensor | None = None, candidates: int | None = None
+    ) -> EncodedContext:
         """Reads the contexts once.
 
         Args:
-            context: `(B,S,D)` fp32, zero at masked tokens.
+            context: `(B,S,D)`, floating; what masked tokens hold is finite, see `context_tokens.is_harmless`.
             mask: `(B,S)` bool, True = valid, at least one in each row.
             reference: `(B,H,A)` fp32, the policy's chunk; a row of NaN has none.
+            candidates: how many chunks of each row will be scored, once, so that nothing is made that does not pay;
+                None: any number, any number of times.
         """
-        memory = self.context_in(self.context_norm(context))
+        hidden, heads, horizon = self.config.head.hidden_dim, self.config.head.num_heads, len(self.step_query)
         bias = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, _MASKED)[:, None, None]
-        steps = self.step_query.expand(len(context), 1, -1, -1)
-        for block, remember in zip(self.readers, self.reader_memories, strict=True):
-            steps = block(steps, *remember(memory), bias)
+        dtype = getattr(torch, self.config.head.context_dtype)
+        tokens = read_tokens(context, bias, self.context_norm, self.context_in, dtype)
+        vectors = heads * len(self.readers) * (horizon + (candidates or 0))
+        if candidates is None or not reads_cheaper(vectors, context.shape[1], context.shape[2], hidden):
+            tokens = tokens.project()
+        steps = self.step_query[None, None]  # one row: the first reader asks all contexts the same
+        for block, memory in zip(self.readers, self.reader_memories, strict=True):
+            steps = block(steps, partial(memory.read, tokens))
         steps = self.steps_norm(steps[:, 0])
         blind = _CENTRE_BOUND * torch.tanh(self.blind(steps) / _CENTRE_BOUND)
         if not self.config.head.reference:
@@ -186,30 +148,53 @@ class ResidualScorer(nn.Module):
         known = guess if reference is None else torch.where(reference.isnan(), guess, reference)
         gap = torch.asinh((guess - known) / self.config.head.deviation_scale)
         centre = known + self.config.head.deviation_scale * self.correction(torch.cat([steps, known, gap], -1))
-        keys, values = zip(*(remember(memory) for remember in self.scorer_memories), strict=True)
         certainty = _bounded_exp(self.certainty(steps), _CERTAINTY_BOUND)
-        return EncodedContext(keys, values, bias, self.step_in(steps), certainty, centre, blind, known)
+        parts = (bias, self.step_in(steps), certainty, centre, blind, known)
+        if tokens.projected and (candidates is None or heads * candidates >= hidden):
+            keys, values = zip(*(remember(tokens.source) for remember in self.scorer_memories), strict=True)
+            return EncodedContext(keys, values, None, *parts)
+        return EncodedContext((), (), tokens, *parts)
 
     def energies(self, encoded: EncodedContext, actions: Tensor) -> Tensor:
         """Energies `(B,N)` of `actions (B,N,H,A)` fp32."""
         unit = self.config.head.deviation_scale
         deviation = (actions - self._learnt_alone(encoded.centre)[:, None]) / unit
         x = self._embed(encoded, actions, deviation)
-        for block, keys, values in zip(self.scorers, encoded.keys, encoded.values, strict=True):
-            x = block(x, keys, values, encoded.bias)
+        *inner, last = zip(self.scorers, self._reads(encoded), strict=True)
+        for block, read in inner:
+            x = block(x, read)
+        block, read = last
         distance = (deviation.square() + _ROUNDING**2).sqrt() - _ROUNDING
-        raw = self._factor(x, distance) * (encoded.certainty[:, None] * distance).mean((2, 3))
+        raw = self._factor(block.mean(x, read), distance) * (encoded.certainty[:, None] * distance).mean((2, 3))
         return apply_range(raw, self.config.range)
 
+    def _reads(self, encoded: EncodedContext) -> list[Read]:
+        """How each scoring layer looks at the contexts."""
+        if encoded.tokens is not None:
+            return [partial(memory.read, encoded.tokens) for memory in self.scorer_memories]
+        parts = zip(encoded.keys, encoded.values, strict=True)
+        return [partial(attend, keys=keys, values=values, bias=encoded.bias) for keys, values in parts]
+
+    def row_bytes(self, tokens: int, candidates: int) -> int:
+        """About how much memory one row's encoding and scoring keeps for the backward pass."""
+        head, width, horizon = self.config.head, self.context_in.in_features, len(self.step_query)
+        hidden, layers, vectors = head.hidden_dim, head.num_layers, head.num_heads * (horizon + candidates)
+        reading = 3 * tokens * vectors * layers
+        if reads_cheaper(vectors * layers, tokens, width, hidden):
+            reading += 2 * vectors * layers * (width + 2 * hidden)
+        else:
+            reading += tokens * hidden * (2 + 4 * layers)
+        return 4 * (reading + 16 * layers * horizon * (candidates + 1) * hidden)
+
     def _factor(self, x: Tensor, distance: Tensor) -> Tensor:
-        """`(B,N)`, 1 at the centre; far from it up to `exp(factor_bound)` and down to its inverse.
+        """`(B,N)` of `x (B,N,hidden)`, 1 at the centre; far from it up to `exp(factor_bound)` and down to its inverse.
 
         Near the centre candidates differ by little, and what a network adds there is mostly noise; far from it the
         distance alone cannot tell an expert's chunk from an inner layer's.
         """
         square = distance.mean((2, 3)).square()
         bound = self.config.head.factor_bound * square / (square + _NEAR**2)
-        return (bound * torch.tanh(self.factor(x.mean(2)).squeeze(-1))).exp()
+        return (bound * torch.tanh(self.factor(x).squeeze(-1))).exp()
 
     def centres(self, encoded: EncodedContext) -> tuple[Tensor, ...]:
         """The centre and the one that the context alone predicts, both `(B,H,A)`, to be trained to the expert's."""

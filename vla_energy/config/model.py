@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from vla_energy.config import checks
 
 HEADS = ("residual", "original")
+CONTEXT_DTYPES = ("float32", "bfloat16")
 
 RANGES: dict[str, tuple[float, float, float]] = {
     "sigmoid": (1.0, 1.0, 1e-6),
@@ -35,6 +36,11 @@ class HeadConfig:
         blind_share: of ours: share of training rows without a reference, so that the head also works without one.
         per_step: of the original: False scores the mean of the attended steps (its first version), True takes the mean
             of the steps' energies (its second).
+        context_dtype: of ours: float32 or bfloat16, in which the products with the context are made, by far the widest
+            of all; the rest stays float32. bfloat16 is for GPUs, and CPUs with instructions for it; on a CPU without
+            them (AVX2) the products stay float32, with a warning. The checkpoint's weights are float32 either way.
+        block_mib: memory that the forward of one block of rows may keep for the backward, in MiB. A training step of
+            more goes in several blocks, whose forward is computed again in the backward; 0: one block, always.
     """
 
     name: str = "residual"
@@ -47,9 +53,13 @@ class HeadConfig:
     reference: bool = True
     blind_share: float = 0.1
     per_step: bool = False
+    context_dtype: str = "float32"
+    block_mib: int = 256
 
     def __post_init__(self) -> None:
         checks.one_of("head.name", self.name, HEADS)
+        checks.one_of("head.context_dtype", self.context_dtype, CONTEXT_DTYPES)
+        checks.count("head.block_mib", self.block_mib)
         for name in ("hidden_dim", "num_heads", "num_layers"):
             checks.count(f"head.{name}", getattr(self, name), 1)
         multiple = self.hidden_dim % self.num_heads == 0
