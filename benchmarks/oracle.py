@@ -30,7 +30,21 @@ MODES = ("rerank", "retrieve", "rerank+retrieve")
 
 
 class OraclePolicy(CheckpointPolicy):
-    """A checkpoint with the expert's choice among its candidates as further arms."""
+    """A checkpoint with the expert's choice among its candidates as further arms; what fails is raised.
+
+    Raises:
+        ValueError: its head asks for candidates that the oracle does not make.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, strict=True)
+        candidates = self._head_config().candidates
+        more = [name for name in ("overlap", "crops", "samples") if getattr(candidates, name)]
+        if more or self._vla.diffuses:
+            raise ValueError(
+                f"{folder}: the oracle chooses among the policy's chunk, inner layers, noise and retrieved chunks, "
+                f"not {', '.join(more) or 'samples of a diffusion head'}"
+            )
 
     @property
     def arms(self) -> frozenset[str]:
@@ -51,6 +65,7 @@ class OraclePolicy(CheckpointPolicy):
         chunks = own if proposal.candidates is None else proposal.candidates.actions
         expert = torch.stack([self._statistics.normalize(RawActions(self._filled(each))) for each in requests])
         errors = (chunks - expert.to(chunks)[:, None])[:, :, :AHEAD].abs().mean((2, 3))
+        errors = errors.masked_fill(~errors.isfinite(), torch.inf)
         best = errors.argmin(1)
         return [
             Decision(
@@ -79,6 +94,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/oracle.json"))
     args = parser.parse_args()
+    if "@" in args.arms:
+        sys.exit(f"error: --arms {args.arms}: the expert is known for the {AHEAD} steps of a decision, without @n")
     try:
         result = run_rollouts(
             OraclePolicy(args.checkpoint), args.tasks.split(","), args.episodes, args.arms.split(","), args.seed, AHEAD,

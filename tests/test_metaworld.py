@@ -50,6 +50,8 @@ def test_several_styles_start_to_both_sides(tmp_path: Path) -> None:
     result = _record(tmp_path, *flags, "--styles", "several", "--workers", "1")
     assert result.returncode == 0, result.stderr
     data = RldsDataset(tmp_path, "metaworld_mine", "train", 4, use_proprio=True, shuffle_buffer_size=1)
+    (info,) = (tmp_path / "metaworld_mine").glob("*/dataset_info.json")
+    assert "styles: several" in info.read_text()
     firsts: dict[int, np.ndarray] = {}
     for frame in data.batches(1, repeat=False):
         chunk = data.statistics.action.unnormalize(torch.tensor(frame["actions"][0])).numpy()

@@ -17,8 +17,9 @@ from vla_energy.config import RerankConfig
 from vla_energy.finetune.frames import PolicyFrames
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.fingerprint import fingerprint
-from vla_energy.gates import load_gates
+from vla_energy.gates import load_gates, save_gates
 from vla_energy.modes import Advisor, Proposal
+from vla_energy.preflight.command import _text
 from vla_energy.preflight.effects import calibrate, effect, halves
 from vla_energy.preflight.measure import Measured, ModeRecord, measure
 from vla_energy.preflight.trials import TrialsError, read_trials
@@ -121,6 +122,19 @@ def test_a_task_whose_only_episode_calibrates_has_no_gated_mode() -> None:
     result = judge(found, RerankConfig())
     assert result["verdict"]["use"] == "rerank" == result["tasks"]["push"]["use"]
     assert result["tasks"]["z"]["use"] == "off" and set(result["tasks"]["z"]["effects"]) == {"retrieve"}
+
+
+@pytest.mark.parametrize(("episodes", "use"), [(2, "off"), (3, "retrieve")])
+def test_a_task_of_few_episodes_gets_no_advice(episodes: int, use: str) -> None:
+    found = seen_tasks(rerank=1.0, retrieve=0.5)
+    few_rows = (found.episodes < episodes).tolist()
+    found.tasks = ["z" if mine else task for mine, task in zip(few_rows, found.tasks, strict=True)]
+    result = judge(found, RerankConfig())
+    assert result["verdict"]["use"] == "retrieve" == result["tasks"]["push"]["use"]
+    assert result["tasks"]["z"]["use"] == use
+    text = _text({**result, "settings": {}}, "out").splitlines()
+    (row,) = [line for line in text if line.startswith("z ")]
+    assert ("nothing is advised below 3 held-out episodes" in row) == (use == "off")
 
 
 def test_plain_retrieval_is_judged_on_all_episodes() -> None:
@@ -237,7 +251,9 @@ def test_measure_keeps_rows_in_order() -> None:
         measure(Fixed(expert), [])
 
 
-def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_on_the_shipped_policy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     folder = tmp_path / "policy"
     shutil.copytree(TINY, folder)
     data = ["--checkpoint", str(folder), "--data-root-dir", str(EMBEDDED_DATA), "--dataset-name", "metaworld_demo"]
@@ -250,7 +266,9 @@ def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.Captur
     assert "the memory holds these very frames" in capsys.readouterr().err
     assert load_gates(folder) == ({}, {})
     assert main(["preflight", *data, *out]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
+    text = capsys.readouterr().out
+    first = text.splitlines()[0]
+    assert "- 60 of " in text and "held-out frames were looked at (--max-frames)" in text
     assert first.startswith(("leave reranking off", "use retrieve"))
     result = json.loads((tmp_path / "out" / "preflight.json").read_text())
     assert result["policy"]["frames"] == 60 and result["modes"]["retrieve"]["effect"]["accepted"] == 1
@@ -260,6 +278,10 @@ def test_the_command_on_the_shipped_policy(tmp_path: Path, capsys: pytest.Captur
     assert tasks == wanted and set(tasks.values()) <= {"retrieve"}
     page = (tmp_path / "out" / "preflight.html").read_text()
     assert first.split(":")[0] in page and "<script" not in page
+    assert "is replaced" not in caplog.text
+    save_gates(folder, gates, {**tasks, "dance": "retrieve@2"})
+    assert main(["preflight", *data, *out]) == 0 and load_gates(folder) == (gates, tasks)
+    assert "is replaced: dance: retrieve@2 becomes off; if trials told" in caplog.text
 
 
 JUDGED = {"fingerprint": "f", "arms": ("policy", "retrieve", "rerank", "refine"), "horizon": 8}

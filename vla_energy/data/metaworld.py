@@ -154,7 +154,7 @@ def build(
     if val_episodes:
         held_out = (val_episodes, seed + VAL_SEED_OFFSET, 0.0, styles)
         splits["val"] = [MetaWorldRecording(task, *held_out) for task in tasks]
-    return record_dataset(out, name, LAYOUT, record, splits, workers, f"Tasks: {tasks}")
+    return record_dataset(out, name, LAYOUT, record, splits, workers, f"Tasks: {tasks}; styles: {styles}")
 
 
 def main() -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = """example:
   vla-energy preflight --checkpoint runs/mine/latest --data-root-dir data \\
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from vla_energy.config import EnergyConfig
     from vla_energy.finetune.frames import FrameReader
     from vla_energy.fingerprint import fingerprint
-    from vla_energy.gates import load_advisor, save_gates
+    from vla_energy.gates import load_advisor, load_gates, save_gates
     from vla_energy.preflight.measure import measure
     from vla_energy.preflight.trials import read_trials
     from vla_energy.preflight.verdict import judge
@@ -74,13 +77,31 @@ def run(args: argparse.Namespace) -> int:
     frames = reader.read(args.split, args.max_frames, candidates=head.candidates)
     measured = measure(advisor, frames, args.seed)
     result = {"settings": _settings(args), "fingerprint": judged["fingerprint"], **judge(measured, head.rerank, trials)}
+    seen, there = result["policy"]["frames"], reader.frames(args.split)
+    if seen < there:
+        result["verdict"]["reasons"].append(
+            f"{seen} of {there} held-out frames were looked at (--max-frames): a task without any is not in the table"
+        )
     write_json(out / "preflight.json", result)
     write_page(result, out / "preflight.html")
     if not args.no_gates:
         tasks = {task: row["use"] for task, row in result["tasks"].items() if row["use"] != "off"}
+        _say_replaced(load_gates(args.checkpoint)[1], tasks, args.rollouts)
         save_gates(args.checkpoint, result["gates"], tasks)
     print(json.dumps(to_json(result), allow_nan=False) if args.json else _text(result, out))
     return 0
+
+
+def _say_replaced(before: dict[str, str], now: dict[str, str], rollouts: list[str]) -> None:
+    """What the checkpoint recommended until now, where that changes: trials may have told it."""
+    changed = [
+        f"{task}: {before.get(task, 'off')} becomes {now.get(task, 'off')}"
+        for task in sorted(before.keys() | now.keys())
+        if before.get(task) != now.get(task)
+    ]
+    if before and changed:
+        hint = "" if rollouts else "; if trials told the former, name their files again by --rollouts"
+        logger.warning("what energy_gates.json recommended is replaced: %s%s", ", ".join(changed), hint)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,13 +110,19 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _text(result: dict[str, Any], out: Any) -> str:
+    from vla_energy.preflight.verdict import TASK_FEWEST
+
     first, *rest = result["verdict"]["reasons"]
     lines = [first, *(f"- {reason}" for reason in rest), "", "by task:"]
+    short = f"; nothing is advised below {TASK_FEWEST} held-out episodes"
     width = max((len(task) for task in result["tasks"]), default=0)
     for task, values in result["tasks"].items():
+        few = max((part["episodes"] for part in values["effects"].values()), default=TASK_FEWEST) < TASK_FEWEST
         effects = ", ".join(f"{mode} {100 * part['change']:+.0f} %" for mode, part in values["effects"].items())
         tried = values["trials"]
         counts = "" if tried is None else "; " + ", ".join(f"{arm} {n}" for arm, n in tried["successes"].items())
         counts += "" if tried is None else f" of {tried['episodes']}"
-        lines.append(f"{task:{width}}  {values['use']:15}  L1 {effects or 'not measured'}{counts}")
+        lines.append(
+            f"{task:{width}}  {values['use']:15}  L1 {effects or 'not measured'}{counts}{short if few else ''}"
+        )
     return "\n".join([*lines, f"written to {out}/preflight.json and preflight.html"])

@@ -25,6 +25,8 @@ from vla_energy.preflight.words import reasons_of, uncounted_trials, unseen_tria
 
 TASK_WORTH = 0.25
 """`WORTH` for one task, told by its few episodes alone; on a task with 0.13 retrieval cost 20 points of success."""
+TASK_FEWEST = 3
+"""Held-out episodes of a task below which nothing is advised for it: two frames said `retrieve` where it costs 20."""
 
 
 def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, Trials] | None = None) -> dict[str, Any]:
@@ -128,7 +130,7 @@ def _tasks(measured: Measured, gates: dict[str, float], rest: Tensor, use: str) 
         rows = {mode: _judging(mode, rest) & mine for mode in measured.modes}
         found = {m: effect(measured, measured.modes[m], gates[m], rows[m]) for m in rows if rows[m].any()}
         # A task has few episodes, so its interval decides nothing: the mode is sure overall, the task must agree.
-        helps = use in found and found[use].change <= -TASK_WORTH
+        helps = use in found and found[use].change <= -TASK_WORTH and found[use].episodes >= TASK_FEWEST
         table[task] = {"use": use if helps else "off", "effects": {mode: asdict(part) for mode, part in found.items()}}
     return table
 
