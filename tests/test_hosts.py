@@ -192,6 +192,42 @@ def test_two_steps_and_two_more_are_four(tmp_path: Path) -> None:
         assert torch.equal(value, rest.head()[name]), name
 
 
+def test_every_micro_batch_of_a_step_draws_anew(tmp_path: Path) -> None:
+    run = Run(host(tmp_path), tmp_path / "run")
+    losses = []
+    for _ in range(2):
+        one = batch(0)
+        run.vla(one["input_ids"], one["labels"] > FIRST_ACTION - 1)
+        losses.append(float(run.plugin.add_loss(torch.zeros(()), one).detach()))
+    assert losses[0] != losses[1]
+    run.optimizer.step()
+    run.vla(one["input_ids"], one["labels"] > FIRST_ACTION - 1)
+    first = run.plugin.generator.get_state()
+    run.plugin.add_loss(torch.zeros(()), one)
+    again = Run(host(tmp_path), tmp_path / "again")
+    again.plugin.step = 1
+    again.vla(one["input_ids"], one["labels"] > FIRST_ACTION - 1)
+    again.plugin.add_loss(torch.zeros(()), one)
+    assert not torch.equal(first, again.plugin.generator.get_state())
+    assert torch.equal(run.plugin.generator.get_state(), again.plugin.generator.get_state()), "told by step and place"
+
+
+def test_a_run_that_had_no_head_goes_on_with_a_new_one(tmp_path: Path) -> None:
+    def resume(**energy: Any) -> Run:
+        settings = host(tmp_path, **energy)
+        settings.resume = True
+        return Run(settings, tmp_path / "again")
+
+    with pytest.raises(CheckpointError, match=r"has no energy head; --energy\.new_head True starts one"):
+        resume()
+    started = resume(new_head=True)
+    fresh = Run(host(tmp_path), tmp_path / "fresh").head()
+    assert started.plugin.step == 0 and all(torch.equal(value, fresh[name]) for name, value in started.head().items())
+    (tmp_path / "energy_head--5_checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"--energy\.new_head True: .*energy_head--5.* is there"):
+        resume(new_head=True)
+
+
 def test_a_resume_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     part = Run(host(tmp_path), tmp_path / "run")
     part.plugin.save(1)
@@ -204,7 +240,7 @@ def test_a_resume_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
     other = EnergyConfig()
     other.loss.info_nce *= 2
-    with pytest.raises(CheckpointError, match="other --energy"):
+    with pytest.raises(CheckpointError, match=r"other values of --energy\.loss\.info_nce \("):
         resume(loss=other.loss)
     state = folder / "energy_state--1_checkpoint.pt"
     state.write_bytes(state.read_bytes()[:100])
@@ -214,7 +250,7 @@ def test_a_resume_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="0 files energy_state"):
         resume()
     (folder / "energy_head--1_checkpoint.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="no file with 'energy_head"):
+    with pytest.raises(CheckpointError, match="has no energy head"):
         resume()
 
 
@@ -325,6 +361,7 @@ def test_an_open_gate_takes_the_lowest_energy(tmp_path: Path) -> None:
             assert both[1] <= both[0]
             changed += not torch.equal(plain, chosen)
     assert reranked.counts["accepted"] == changed > 0
+    assert f"{reranked.counts['chunks']} chunks asked for, {changed} replaced" in reranked.summary()
 
 
 def _placeholders() -> Tensor:

@@ -308,10 +308,54 @@ def test_a_half_applied_or_edited_file_is_refused(host, patch, old, new, message
         assert message in str(raised.value) and contents(host) == before
 
 
+def test_lines_that_were_moved_are_not_called_applied(host, patch):
+    patching.apply(host, patch)
+    path = host / PATHS[0]
+    line = f"            energy.save(step){MARKER}\n"
+    edit(path, line, "")
+    path.write_text(path.read_text() + line.lstrip())  # at the end of the file, where `energy` is not known
+    assert states(host, patch) == ["half applied", "applied", "absent"]
+    with pytest.raises(PatchError, match=r"moved or indented otherwise \(from line 3\d on\); revert, then apply"):
+        patching.apply(host, patch)
+    assert patching.revert(host, patch) == [*PATHS[:2]] and path.read_text() == TRAIN
+
+
+def test_lines_whose_anchor_went_are_not_called_applied(host, patch):
+    patching.apply(host, patch)
+    edit(host / PATHS[0], "window = {", "history = {")
+    edit(host / PATHS[0], 'window["loss"]', 'history["loss"]')
+    report = patching.check(host, patch)
+    assert report.files[0].state == "half applied" and "no longer where they belong" in report.files[0].problem
+
+
+def test_a_revert_that_would_leave_no_python_is_refused(host, patch):
+    patching.apply(host, patch)
+    path = host / PATHS[0]
+    edit(path, "            energy.save", "            if step > 10:\n                energy.save")
+    before = contents(host)
+    with pytest.raises(
+        PatchError, match=r"train\.py: without the added lines \(from 3 on\): cannot be parsed.*nothing was"
+    ):
+        patching.revert(host, patch)
+    assert contents(host) == before
+
+
+def test_edits_beside_the_lines_stay(host, patch):
+    patching.apply(host, patch)
+    path = host / PATHS[0]
+    path.write_text("# mine\n" + path.read_text() + "# mine\n")
+    assert states(host, patch)[:2] == ["applied", "applied"]
+    patching.revert(host, patch)
+    assert path.read_text() == f"# mine\n{TRAIN}# mine\n"
+
+
 def test_a_patch_in_one_file_only_is_half_applied_and_can_be_reverted(host, patch):
     patching.apply(host, patch)
     (host / PATHS[1]).write_text(EVAL)
-    with pytest.raises(PatchError, match="half applied: some files have the lines and others do not; revert first"):
+    with pytest.raises(
+        PatchError,
+        match="half applied: some files have the lines and others do not; apply --only the others, or revert",
+    ):
         patching.apply(host, patch)
     assert patching.revert(host, patch) == [PATHS[0]] and (host / PATHS[0]).read_text() == TRAIN
 
@@ -442,7 +486,8 @@ def test_the_command(host, patch_path, capsys):
     assert "after line 22 (after the assignment of loss in train): loss = energy.add_loss(loss, metrics)" in printed
     assert printed.endswith("vla-energy patch apply would work\n") and (host / PATHS[0]).read_text() == TRAIN
     assert cli.main(["patch", "apply", *flags]) == 0
-    assert capsys.readouterr().out.endswith("applied robot\n")
+    printed = capsys.readouterr().out
+    assert printed.endswith("applied robot\n") and "already" not in printed
     assert cli.main(["patch", "apply", *flags]) == 0
     assert capsys.readouterr().out.endswith("already applied; nothing was changed\n")
     assert cli.main(["patch", "check", *flags, "--json"]) == 0
@@ -451,7 +496,7 @@ def test_the_command(host, patch_path, capsys):
         report["ok"] and report["applied"] and report["files"][0]["lines"] == [number for number, _ in EXPECTED_TRAIN]
     )
     assert cli.main(["patch", "revert", *flags]) == 0
-    assert "scripts/train.py: as it was" in capsys.readouterr().out
+    assert "scripts/train.py: the added lines are out" in capsys.readouterr().out
     assert cli.main(["patch", "revert", *flags]) == 0
     assert "not applied; nothing was changed" in capsys.readouterr().out
 

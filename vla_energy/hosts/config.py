@@ -18,17 +18,20 @@ class HostEnergyConfig(EnergyConfig):
         learning_rate: of the head.
         warm_steps: over which it rises.
         seed: of the head's weights and of the negatives.
+        new_head: with the host's `--resume True`, start a head for a run that had none.
     """
 
     enabled: bool = False
     learning_rate: float = 5e-4
     warm_steps: int = 200
     seed: int = 7
+    new_head: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         checks.positive("learning_rate", self.learning_rate)
         checks.count("warm_steps", self.warm_steps)
+        checks.flag("new_head", self.new_head)
 
     def head_config(self) -> EnergyConfig:
         """The part that goes into the head's file."""
@@ -49,8 +52,8 @@ class HostRerankConfig:
         mode: `rerank`, `refine`, `retrieve` or `rerank+retrieve`, what the checkpoint's head and memory allow; or
             `recommended`, for each instruction what preflight recommends.
         seed: of the candidates' noise.
-        strict: an exception in candidates, head, memory or gate ends the evaluation. Else the host's own chunk is
-            taken, which is logged and counted.
+        strict: an exception in candidates, head, memory or gate ends the evaluation (not the host's server, which
+            answers every exception with an error). Else the host's own chunk is taken, which is logged and counted.
     """
 
     enabled: bool = False

@@ -5,7 +5,10 @@ The host unnormalises what its action head returns, so chunks are scored before 
 
 from __future__ import annotations
 
+import atexit
 import logging
+import sys
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,6 +106,7 @@ class RerankedActionHead:
         self.fallback = Fallback(self._strict, fatal=(HostError,))
         used = dict.fromkeys(self._tasks.values()) if self._instructions else [self._mode]
         logger.info("%s, margins %s", self._mode, {mode: self._advisor.gates[mode] for mode in used})
+        atexit.register(_say_counts, weakref.ref(self))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_head":  # not yet set: copying and unpickling ask before __init__
@@ -146,6 +150,14 @@ class RerankedActionHead:
         self.counts["accepted"] += int(accepted.sum())
         return answer
 
+    def summary(self) -> str:
+        """What became of the chunks that were asked for, in a line."""
+        failed = f", {self.fallback.total} failed: {dict(self.fallback.counts)}" if self.fallback.total else ""
+        return (
+            f"--energy.mode {self._mode}: {self.counts['chunks']} chunks asked for, {self.counts['accepted']} replaced"
+            f"{failed}"
+        )
+
     def _mode_now(self) -> str | None:
         """The mode for the observation at hand, None for the policy's own chunk."""
         if self._instructions is None:
@@ -154,6 +166,12 @@ class RerankedActionHead:
         if len(modes) > 1:
             raise HostError("--energy.mode recommended takes one observation at a time, as the host's evaluation does")
         return modes.pop()
+
+
+def _say_counts(reference: weakref.ref[RerankedActionHead]) -> None:
+    """At the end of the program: a gate that never opened and a reranker that always failed look alike in success."""
+    if (head := reference()) is not None and head.counts["chunks"]:
+        print(head.summary(), file=sys.stderr)
 
 
 def recommended_modes(tasks: Mapping[str, str], modes: Sequence[str], horizon: int) -> dict[str, str]:

@@ -63,7 +63,7 @@ def _check(args: argparse.Namespace, patch: Patch) -> int:
 
 def _apply(args: argparse.Namespace, patch: Patch) -> int:
     before = patching.apply(args.path, patch)
-    _print_report(patching.check(args.path, patch), patch, args.json)
+    _print_report(patching.check(args.path, patch) if args.json else before, patch, args.json)
     if not args.json:
         print("already applied; nothing was changed" if before.applied else f"applied {patch.name}")
     return 0
@@ -74,7 +74,7 @@ def _revert(args: argparse.Namespace, patch: Patch) -> int:
     if args.json:
         print(json.dumps({"root": args.path, "patch": patch.name, "reverted": reverted}, indent=1))
     else:
-        print("\n".join(f"{path}: as it was" for path in reverted) or "not applied; nothing was changed")
+        print("\n".join(f"{path}: the added lines are out" for path in reverted) or "not applied; nothing was changed")
     return 0
 
 

@@ -77,6 +77,20 @@ def find_lines(source: bytes, file: FilePatch) -> tuple[tuple[int, ...], str]:
     return numbers, ", ".join(parts) + "; restore the file with git, or take these lines out by hand"
 
 
+def misplaced(source: bytes, file: FilePatch) -> str:
+    """What is wrong with the places of lines that are all there; empty where the patch would put them there again."""
+    without = remove_lines(source, file)
+    try:
+        again, _ = add_lines(without, file)
+    except AnchorError as error:
+        return f"its lines are there, but no longer where they belong: {error}"
+    if again == source:
+        return ""
+    moved = zip(source.splitlines(), again.splitlines(), strict=False)
+    first = next((number for number, (mine, theirs) in enumerate(moved, start=1) if mine != theirs), 0)
+    return f"its lines are there, but moved or indented otherwise (from line {first} on)"
+
+
 def _by_anchors(source: bytes, lines: list[bytes], file: FilePatch) -> list[tuple[int, bytes]]:
     tree = parse(source)
     places, missing = [], []

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vla_energy.hosts.anchors import AnchorError
+from vla_energy.hosts.anchors import AnchorError, parse
 from vla_energy.hosts.checkout import commit_of, replace_files, uncommitted
 from vla_energy.hosts.patch_file import FilePatch, Patch, PatchError
-from vla_energy.hosts.patch_lines import add_lines, find_lines, is_known, remove_lines
+from vla_energy.hosts.patch_lines import add_lines, find_lines, is_known, misplaced, remove_lines
 
 EXACT = "exact"
 DIVERGED = "diverged"
@@ -22,7 +22,7 @@ UNFIT = "unfit"
 UNCOMMITTED = "uncommitted changes"
 ABSENT = "absent"
 """States of a file: the known version; another one in which every anchor was found; has our lines; has some of them, or
-edited ones; an anchor is missing; git says that it was changed; it is not there."""
+edited or moved ones; an anchor is missing; git says that it was changed; it is not there."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def apply(root: str | Path, patch: Patch) -> Report:
 
 
 def revert(root: str | Path, patch: Patch) -> list[str]:
-    """Takes the lines out; the files are what they were, byte for byte.
+    """Takes the lines out; files that were not edited since are what they were, byte for byte.
 
     Returns:
         The files that had them; empty if none had.
 
     Raises:
-        PatchError: lines are missing or were edited; nothing was changed.
+        PatchError: lines are missing or were edited, or without them a file would not parse; nothing was changed.
         OSError: a file cannot be written; what was written is put back.
     """
     root = Path(root)
@@ -111,6 +111,10 @@ def revert(root: str | Path, patch: Patch) -> list[str]:
             problems.append(f"{file.path}: {problem}")
         elif numbers:
             results[root / file.path] = remove_lines(source, file)
+            try:
+                parse(results[root / file.path])
+            except AnchorError as error:
+                problems.append(f"{file.path}: without the added lines (from {numbers[0]} on): {error}")
     if problems:
         raise PatchError("; ".join(problems) + "; nothing was changed")
     replace_files(results)
@@ -131,7 +135,8 @@ def _survey(root: Path, patch: Patch) -> tuple[Report, dict[Path, bytes]]:
             results[root / file.path] = result
     states = {report.state for report in reports}
     mixed = APPLIED in states and bool(states & {EXACT, DIVERGED})
-    problem = "half applied: some files have the lines and others do not; revert first, then apply" if mixed else ""
+    text = "half applied: some files have the lines and others do not; apply --only the others, or revert, then apply"
+    problem = text if mixed else ""
     return Report(str(root), commit_of(root), patch.name, tuple(reports), problem), results
 
 
@@ -153,6 +158,8 @@ def _inspect(source: bytes, file: FilePatch, changed: bool) -> tuple[FileReport,
     if problem:
         return FileReport(file.path, HALF, lines, problem, ok=False), None
     if lines:
+        if problem := misplaced(source, file):
+            return FileReport(file.path, HALF, lines, f"{problem}; revert, then apply", ok=False), None
         return FileReport(file.path, APPLIED, lines), None
     exact = is_known(source, file)
     if changed and not exact:

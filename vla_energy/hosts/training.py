@@ -52,6 +52,7 @@ class EnergyPlugin:
         self.host, self.energy, self.run_dir = host, energy, run_dir
         self.head: nn.Module | None = None
         self.step = 0
+        self._micro = 0  # batches since the host's last step, under gradient accumulation
         self._metrics: Mapping[str, Tensor | float] = {}
 
     @classmethod
@@ -157,7 +158,8 @@ class EnergyPlugin:
         chunks = layer_actions(layers, positions, self.action_head, self.horizon)
         expert = batch["actions"].to(chunks)
         # By step, so that a resumed run draws what the uninterrupted one does; alike on all ranks, see the objective.
-        self.generator.manual_seed(hash((self.energy.seed, self.step, 0)) % 2**63)
+        self.generator.manual_seed(hash((self.energy.seed, self.step, self._micro)) % 2**63)
+        self._micro += 1
         energy, self._metrics = self.objective(
             layers[-1], visible_context(positions, length), expert, chunks, self.generator, self.step
         )
@@ -168,6 +170,7 @@ class EnergyPlugin:
         if current().is_main and self.step % self.host.wandb_log_freq == 0:
             self._log({name: float(value) for name, value in metrics.items()})
         self.step += 1
+        self._micro = 0
 
     def _log(self, row: dict[str, float]) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -197,9 +200,20 @@ class EnergyPlugin:
 
     def _resume(self) -> None:
         folder = Path(self.host.vla_path)
+        if self.energy.new_head:
+            if there := sorted(folder.glob("energy_head--*")):
+                raise CheckpointError(
+                    f"--energy.new_head True: {there[0]} is there; leave the flag out to go on with it"
+                )
+            return
+        if not any(folder.glob("energy_head--*")):
+            raise CheckpointError(
+                f"--resume True with --energy.enabled True: {folder} has no energy head; --energy.new_head True starts "
+                "one"
+            )
         found = load_head(folder)
-        if found.config != self.energy.head_config():
-            raise CheckpointError(f"{folder}: the head there was trained with other --energy.* flags")
+        if changed := _differences(found.config.to_dict(), self.energy.head_config().to_dict(), "--energy"):
+            raise CheckpointError(f"{folder}: the head there was trained with other values of {', '.join(changed)}")
         if found.statistics is not None:
             check_statistics(found.statistics, self.statistics, "the head")
         self._bare.load_state_dict(found.head.state_dict())
@@ -212,6 +226,18 @@ class EnergyPlugin:
             self.step = int(state["step"])
         except Exception as error:  # torch raises half a dozen types for damaged files
             raise CheckpointError(f"{paths[0]} is damaged: {error}") from error
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:
+    """Flags whose values differ."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        one, other = before.get(key), now.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += _differences(one, other, f"{name}.{key}")
+        elif one != other:
+            found.append(f"{name}.{key} ({one}, now {other})")
+    return found
 
 
 def host_statistics(statistics: Mapping[str, Any], name: str) -> DatasetStatistics:
