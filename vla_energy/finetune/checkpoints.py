@@ -28,7 +28,7 @@ STATE = "training_state.pt"
 # Flags that may differ between a run and its continuation.
 _FREE = {"resume", "resume_step", "max_steps", "val_freq", "val_time_limit", "use_val_set", "save_freq"} | {
     "save_latest_checkpoint_only", "keep_checkpoints", "wandb_entity", "wandb_project", "wandb_log_freq", "device",
-    "run_root_dir", "check_ranks_every",
+    "run_root_dir", "check_ranks_every", "data_threads",
 }  # fmt: skip
 
 

@@ -86,6 +86,7 @@ def open_split(config: FinetuneConfig, vla: LoadedVLA, split: str, statistics: D
         # Held-out frames in stored order would make a batch of neighbours, which are no negatives of each other.
         shuffle_buffer_size=config.shuffle_buffer_size if training else 10_000,
         seed=config.seed,
+        num_threads=config.data_threads,
     )
 
 
@@ -115,6 +116,7 @@ def open_rollouts(config: FinetuneConfig, vla: LoadedVLA, statistics: DatasetSta
             image_aug=config.image_aug,
             shuffle_buffer_size=config.shuffle_buffer_size,
             seed=config.seed,
+            num_threads=config.data_threads,
             val_fraction=0.0,
             outcomes=True,
         )
