@@ -5,8 +5,9 @@
 
 The same frames, seeds and steps for every pool; the policy runs once. Two heads: `recommended`, which starts as the
 distance to the policy's chunk and so ranks well before it has read a context, and `blind`, the same without that
-reference, which has only the context. Row `untrained`: the head before its first step, with all patches. Means over
-the seeds, ranges in brackets.
+reference, which has only the context. Every head is measured on whole contexts, as a
+policy gives them to it at inference; the column `pooled` has the rank correlation on contexts pooled as those it was
+trained on. Row `untrained`: the head before its first step. Means over the seeds, ranges in brackets.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def build(args: argparse.Namespace, split: str, frames: int, folder: Path) -> di
 
 
 def train(
-    args: argparse.Namespace, caches: tuple[FeatureCache, FeatureCache], head: str, seed: int, steps: int
+    args: argparse.Namespace, cache: FeatureCache, held_out: list[FeatureCache], head: str, seed: int, steps: int
 ) -> dict[str, float]:
-    """Ranking on the held-out frames, and CPU milliseconds of a step."""
+    """Ranking on the held-out frames, whole and pooled, and CPU milliseconds of a step."""
     energy = EnergyConfig(freeze_backbone=True)
     energy.head.reference = head == "recommended"
     with tempfile.TemporaryDirectory() as runs:
@@ -60,16 +61,19 @@ def train(
             precision="fp32", batch_size=16, max_steps=max(steps, 1), energy=energy, energy_learning_rate=1e-3,
             energy_warm_steps=50, device="cpu", seed=seed,
         )  # fmt: skip
-        training = CachedTraining(config, *caches)
-        rows = shuffled(len(caches[0]), 16, seed)
+        training = CachedTraining(config, cache)
+        rows = shuffled(len(cache), 16, seed)
         started = time.process_time()
         for training.step in range(steps):
             training.train_step(next(rows))
         spent = 1e3 * (time.process_time() - started) / max(steps, 1)
-        found: dict[str, Any] = training.validate()
-    wins, rerank = found["energy"]["win_rate"], found["rerank"]
+        found: list[dict[str, Any]] = []
+        for training.held_out in held_out:
+            found.append(training.validate())
+    wins, rerank = found[0]["energy"]["win_rate"], found[0]["rerank"]
     return {
-        "spearman": found["energy"]["spearman"], "far": wins["far"], "at_0.05": wins["at_0.05"],
+        "spearman": found[0]["energy"]["spearman"], "pooled": found[1]["energy"]["spearman"],
+        "far": wins["far"], "at_0.05": wins["at_0.05"],
         "layer_exits": wins.get("layer_exits", float("nan")), "in_batch": wins["in_batch"],
         "l1_chosen": rerank["l1_reranked"] / rerank["l1_policy"], "step_cpu_ms": spent,
     }  # fmt: skip
@@ -88,6 +92,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/cache_pool.json"))
     args = parser.parse_args()
+    if args.pools[0] != 1:
+        parser.error(f"--pools {args.pools}: the first must be 1, whole contexts")
     if args.quick:
         args.frames, args.held_out, args.steps, args.seeds = 64, 32, 5, 1
     torch.set_num_threads(1)
@@ -100,8 +106,8 @@ def main() -> None:
         arms = [(head, f"untrained, {head}", first, 0) for head in HEADS]
         arms += [(head, f"{head}, --pool {pool}", pool, args.steps) for head in HEADS for pool in args.pools]
         for head, name, pool, steps in arms:
-            both = (caches[pool], held_out[pool])
-            runs = [train(args, both, head, seed, steps) for seed in range(args.seeds)]
+            both = [held_out[first], held_out[pool]]
+            runs = [train(args, caches[pool], both, head, seed, steps) for seed in range(args.seeds)]
             values = {key: [run[key] for run in runs] for key in runs[0]}
             kilobytes = caches[pool].nbytes / len(caches[pool]) / 1e3
             result["rows"].append({"name": name, "head": head, "pool": pool, "kB": kilobytes, "values": values})

@@ -23,6 +23,7 @@ TESTS = ROOT / "tests"
 
 NOT_CORE = {
     "test_backbones.py": "the native backbone: the `native` extra",
+    "test_benchmark_page.py": "figures: the `native` extra",
     "test_closed_loop.py": "the native backbone, RLDS",
     "test_crops.py": "the native backbone",
     "test_data.py": "RLDS: the `data` extra",

@@ -67,6 +67,7 @@ class FinetuneConfig:
         seed: of everything random.
         check_ranks_every: with several processes (torchrun), steps between two comparisons of a hash of their weights;
             0 compares them at the start only.
+        fsdp: with several processes, each keeps its part of the decoder layers (FSDP2); needs torch 2.6.
     """
 
     vla_path: str = EMBEDDED
@@ -119,6 +120,7 @@ class FinetuneConfig:
     device: str = "auto"
     seed: int = 7
     check_ranks_every: int = 0
+    fsdp: bool = False
 
     def check(self) -> None:
         """Refuses what cannot work or is not built yet, before anything is loaded.
