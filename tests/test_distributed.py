@@ -21,10 +21,11 @@ from rollouts_fixture import NAME, write_rollouts
 from torch import Tensor
 
 from vla_energy.backbones import load_openvla
+from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.config import EnergyConfig, RolloutsConfig, TemperatureConfig
 from vla_energy.data import DatasetError, RldsDataset
 from vla_energy.distributed import ALONE, RankError, Ranks
-from vla_energy.finetune import checkpoints
+from vla_energy.finetune import checkpoints, sharding
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.sharding import clip, is_shard
@@ -278,9 +279,12 @@ def _sharded_runs(ranks: Ranks, runs: Path) -> None:
         run(name, 4, fsdp)
 
 
-def test_sharding_that_cannot_be_is_told(tmp_path: Path) -> None:
+def test_sharding_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(FlagError, match="--fsdp True needs several processes"):
         Trainer(_config(tmp_path, 1, fsdp=True))
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(FlagError, match=r"--fsdp True needs torch 2\.6 or newer"):
+        sharding.shard(load_openvla(EMBEDDED_VLA), Ranks(0, 2), "fp32")
 
 
 def _poisoned(ranks: Ranks, runs: Path) -> tuple[list[Any], bool]:
