@@ -62,10 +62,10 @@ format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+# An hour or two; writes docs/benchmarks.md. make bench QUICK=1: minutes, small shapes, everything into runs/bench.
+# With a checkout of openvla-oft: make bench BENCH='--host DIR --dlimp DIR --data_root_dir DATA'
 bench: setup
-	@found=; for file in benchmarks/*.py; do \
-	  [ -e "$$file" ] || continue; found=1; echo "== $$file"; $(THREADS) $(PY) "$$file" --quick || exit 1; \
-	done; [ -n "$$found" ] || echo "this version has no benchmarks/*.py; measured results are in README.md"
+	$(THREADS) $(PY) benchmarks/all.py $(if $(QUICK),--quick) $(BENCH)
 
 docs: setup $(DOCS_STAMP)
 	$(VENV)/bin/mkdocs build --strict

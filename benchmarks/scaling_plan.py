@@ -38,10 +38,12 @@ _SEVEN_B = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of parameters: frozen backbone, LoRA, action head with proprio projector, energy head."""
+    """Numbers of parameters: backbone, of it decoder layers, LoRA, of it in those, action head and proprio, head."""
 
     backbone: int
+    layers: int
     lora: int
+    lora_layers: int
     components: int
     head: int
 
@@ -56,16 +58,19 @@ def sizes() -> Sizes:
     with torch.device("meta"):
         vla = OpenVLA(OpenVLAConfig.from_dict(_SEVEN_B), A, proprio_dim=PROPRIO, num_images=2, horizon=HORIZON)
         head = EnergyHead(D, A, HORIZON, EnergyConfig())
-    lora = 0
+    lora = lora_layers = 0
     for name, module in vla.backbone.named_modules():
         if name.endswith("lm_head"):
             continue
         if isinstance(module, nn.Linear):
-            lora += RANK * (module.in_features + module.out_features)
+            lora += (added := RANK * (module.in_features + module.out_features))
+            lora_layers += added if ".layers." in name and "language_model" in name else 0
         elif isinstance(module, nn.Conv2d):  # as peft: a convolution of rank channels, then one of 1 x 1
             lora += RANK * (module.weight[0].numel() + module.out_channels)
     total, backbone = (sum(p.numel() for p in module.parameters()) for module in (vla, vla.backbone))
-    return Sizes(backbone, lora, total - backbone, sum(p.numel() for p in head.parameters()))
+    layers = sum(p.numel() for p in vla.backbone.language_model.model.layers.parameters())
+    head_size = sum(p.numel() for p in head.parameters())
+    return Sizes(backbone, layers, lora, lora_layers, total - backbone, head_size)
 
 
 def activations(rows: int) -> float:
@@ -106,26 +111,38 @@ def _gb(count: float) -> str:
 def _parameters(found: Sizes) -> list[str]:
     rows = [
         ["backbone P (frozen under LoRA)", f"{found.backbone / 1e6:,.0f} M"],
+        ["of it in the decoder layers, P'", f"{found.layers / 1e6:,.0f} M"],
         [f"LoRA, rank {RANK}", f"{found.lora / 1e6:,.1f} M"],
         ["L1 action head and proprio projector", f"{found.components / 1e6:,.1f} M"],
         ["energy head", f"{found.head / 1e6:,.2f} M"],
-        ["trained in all, T", f"{found.trained / 1e6:,.1f} M"],
+        ["trained under LoRA in all, T", f"{found.trained / 1e6:,.1f} M"],
+        ["of it in the decoder layers, T'", f"{found.lora_layers / 1e6:,.1f} M"],
     ]
     return ["### Parameters, counted on our modules", "", *_table(["", "parameters"], rows)]
 
 
 def _memory(found: Sizes) -> list[str]:
     states, rows = 16 * found.trained, []
-    full = 16 * (found.backbone + found.components + found.head)
-    unit = (4 * D * D + 3 * D * FFN) * 2 * 2  # one decoder layer in bf16, and the next one on its way
+    rest, every = found.backbone - found.layers, found.backbone + found.components + found.head
+    unit = (4 * D * D + 3 * D * FFN) * 2  # one decoder layer in bf16
     kept = activations(ROWS)
+
+    def sharded(ranks: int) -> tuple[float, float]:
+        """Frozen and trained under LoRA with --fsdp True."""
+        trained = 16 * (found.trained - found.lora_layers + found.lora_layers / ranks)
+        return 6 * rest + 4 * found.layers / ranks + unit, trained
+
+    def all_sharded(ranks: int) -> tuple[float, float]:
+        """The same where every weight is trained."""
+        return 2 * rest + unit, 16 * (every - found.layers + found.layers / ranks)
+
     arms = {
         "LoRA, replicated, weights in fp32 (what the script does)": (6 * found.backbone, states),
-        "LoRA, replicated, weights in bf16": (2 * found.backbone, states),
-        "LoRA, FSDP on 8 (not built), bf16": (2 * found.backbone / 8 + unit, states),
-        "every weight, replicated, fp32": (2 * found.backbone, full),
-        "every weight, FSDP on 8 (not built)": (unit, full / 8),
-        "every weight, FSDP on 64 (not built)": (unit, full / 64),
+        "LoRA, `--fsdp True` on 8": sharded(8),
+        "LoRA, `--fsdp True` on 64": sharded(64),
+        "every weight, replicated, fp32": (2 * found.backbone, 16 * every),
+        "every weight, `--fsdp True` on 8": all_sharded(8),
+        "every weight, `--fsdp True` on 64": all_sharded(64),
     }
     for name, (weights, trained) in arms.items():
         total = weights + trained + kept
@@ -133,10 +150,11 @@ def _memory(found: Sizes) -> list[str]:
     return [
         f"### Memory of one GPU, GB ({ROWS} rows each)",
         "",
-        "- frozen weights: 4 P in fp32, and 2 P of autocast's copies in bf16; 2 P where they are loaded in bf16; under",
-        "  FSDP on N GPUs 2 P / N, and two decoder layers in bf16, `2 * 2 * (4 D^2 + 3 D F)`. Where every weight is",
-        "  trained the column has the bf16 copies alone.",
-        "- trained weights: 16 bytes each (fp32 weight, gradient, Adam's two moments); under FSDP 16 / N.",
+        "- frozen weights: 4 P in fp32, and 2 P of bf16 copies that autocast keeps for the backward pass. With",
+        "  `--fsdp True` on N GPUs `6 (P - P') + 4 P' / N`, and one decoder layer in bf16, `2 (4 D^2 + 3 D F)`: a",
+        "  gathered layer goes after use. Where every weight is trained the column has the copies alone.",
+        "- trained weights: 16 bytes each (fp32 weight, gradient, Adam's two moments); of those in the decoder layers",
+        "  16 / N with `--fsdp True`.",
         f"- activations: `rows * S * L * 2 * (8 D + 4 F)` with S={TOKENS}, L={LAYERS}, D={D}, F={FFN}: for each token",
         "  and layer in bf16 the inputs of both norms and of q/k/v, q, k, v, the attention's output, the residual and",
         "  the MLP's input, gate, up, their product and the activation. A lower bound: vision towers, LoRA's own and",
@@ -153,14 +171,23 @@ def _communication(found: Sizes) -> list[str]:
     for ranks, speed in ((8, NVLINK), (64, NETWORK)):
         own = gathered(ROWS, ranks)
         chunks = own["chunks"] + own["energies and centres"]
+        gathers = 2 * ring(2 * found.layers, ranks) / 2  # an all-gather in the forward pass, and one in the backward
+        rest = found.backbone - found.layers
         arms = {
             "LoRA, replicated": (ring(4 * found.trained, ranks) + chunks, compute),
-            "LoRA, FSDP (not built)": (
-                2 * ring(2 * found.backbone, ranks) / 2 + ring(4 * found.trained, ranks),
+            "LoRA, `--fsdp True`": (
+                gathers
+                + ring(2 * found.lora_layers, ranks)
+                + ring(4 * (found.trained - found.lora_layers), ranks)
+                + ring(4 * found.lora_layers, ranks) / 2
+                + chunks,
                 compute,
             ),
-            "every weight, replicated": (ring(4 * found.backbone, ranks), full),
-            "every weight, FSDP (not built)": (3 * ring(2 * found.backbone, ranks) / 2, full),
+            "every weight, replicated": (ring(4 * found.backbone, ranks) + chunks, full),
+            "every weight, `--fsdp True`": (
+                gathers + ring(4 * found.layers, ranks) / 2 + ring(4 * rest, ranks) + chunks,
+                full,
+            ),
         }
         for name, (sent, busy) in arms.items():
             seconds = sent / speed
@@ -176,8 +203,8 @@ def _communication(found: Sizes) -> list[str]:
         "- an all-reduce of n bytes over N ranks sends `2 (N - 1) / N * n` (ring); an all-gather or a reduce-scatter",
         "  half of it.",
         "- replicated: all-reduce of 4 T bytes (fp32 gradients), once a step, after the backward pass.",
-        "- FSDP: the weights in bf16 gathered twice (forward and backward), 2 P each, and the gradients: of LoRA as",
-        "  above, of every weight by a reduce-scatter in bf16.",
+        "- `--fsdp True`: the decoder layers' weights in bf16 gathered twice (forward and backward), 2 P' each; the",
+        "  gradients of those that are trained by a reduce-scatter in fp32, all others as above.",
         "- arithmetic: `4 P * rows * S` FLOPs with frozen weights, `6 P * rows * S` with every weight, at",
         f"  {FLOPS / 1e12:.0f} TFLOP/s (40 percent of an A100). Links: {NVLINK / 1e9:.0f} GB/s within a machine (N =",
         f"  8), {NETWORK / 1e9:.0f} GB/s a GPU between machines (N = 64, a flat ring: its slowest link decides).",

@@ -35,7 +35,7 @@ def run_ranks(world: int, work: Work, folder: Path, *args: Any) -> list[Any]:
         for process in processes:
             process.start()
         for process in processes:
-            process.join(120)
+            process.join(300)  # of a busy machine
             if process.exitcode is None:
                 raise Failed(f"a rank of {world} hangs")
     finally:

@@ -127,6 +127,20 @@ def test_skipping_gives_the_same_tail_across_epochs(stored: Path, buffer: int, s
             np.testing.assert_array_equal(expected[key], got[key])
 
 
+@pytest.mark.parametrize("buffer", [0, 7])
+def test_threads_change_no_bit_and_no_position(stored: Path, buffer: int) -> None:
+    options: dict[str, Any] = {"num_images": 2, "use_proprio": True, "image_aug": True, "shuffle_buffer_size": buffer}
+    alone, many = (open_dataset(stored, num_threads=threads, **options) for threads in (1, 4))
+    count = 3 * alone.num_frames // 4  # batches of 4: three epochs
+    expected = list(itertools.islice(alone.batches(4), count))
+    for skip in (0, 7):
+        found = list(itertools.islice(many.batches(4, skip=skip), count - skip))
+        for one, other in zip(expected[skip:], found, strict=True):
+            assert one.keys() == other.keys()
+            for key in one:
+                np.testing.assert_array_equal(one[key], other[key])
+
+
 def test_one_epoch_ends_and_may_drop_its_last_batch(stored: Path) -> None:
     dataset = open_dataset(stored)
     sizes = [len(batch["step"]) for batch in dataset.batches(4, repeat=False, drop_last=False)]

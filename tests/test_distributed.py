@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,15 @@ from ranks_fixture import results, run_ranks
 from rollouts_fixture import NAME, write_rollouts
 from torch import Tensor
 
+from vla_energy.backbones import load_openvla
+from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.config import EnergyConfig, RolloutsConfig, TemperatureConfig
 from vla_energy.data import DatasetError, RldsDataset
 from vla_energy.distributed import ALONE, RankError, Ranks
-from vla_energy.finetune import checkpoints
-from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune import checkpoints, sharding
+from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.finetune.sharding import clip, is_shard
 from vla_energy.finetune.trainer import Trainer
 
 GLOBAL = 8  # rows of a batch, over all ranks
@@ -168,6 +172,119 @@ def test_two_steps_then_resume_equal_four_on_two_ranks_and_ranks_stay_equal(tmp_
     alone = _config(tmp_path / "parts", 2, **flags, max_steps=5, resume=True)
     with pytest.raises(checkpoints.CheckpointError, match="other values of: processes"):
         Trainer(alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tolerance"), [("l1", "fp32", 1e-6), ("diffusion", "fp32", 1e-6), ("adaptive", "bf16", 0.1)]
+)
+def test_sharded_gradients_are_those_of_one_process(
+    single: tuple[dict[str, Any], Path], tmp_path: Path, name: str, precision: str, tolerance: float
+) -> None:
+    expected, data = single
+    (reference, *_), (head, *_) = expected[name]["gradients"], expected[name]["gradients"][1:]
+    for rank in results(2, _sharded_gradients, tmp_path, tmp_path, data, name, precision):
+        assert rank["sharded"] > 4 and rank["kept"] <= rank["all"] / 2 + rank["sharded"] * 64  # padded by rows at most
+        gaps = _apart(reference, rank["policy"]), _apart(head, rank["head"])
+        print(f"fsdp, {name}: {gaps[0]:.2e}, head {gaps[1]:.2e}")
+        assert max(gaps) < tolerance
+        assert rank["clipped"] == pytest.approx(rank["norm"] / 2, rel=1e-4)
+
+
+def _sharded_gradients(ranks: Ranks, runs: Path, data: Path, name: str, precision: str) -> dict[str, Any]:
+    flags = _case(name, data, ranks.world) | {"fsdp": True, "precision": precision}
+    trainer: Any = Trainer(_config(runs / name, ranks.world, **flags), ranks)
+    found: dict[str, Any] = {}
+
+    def keep() -> None:
+        plain = [p for p in trainer.parameters if not is_shard(p)]
+        ranks.average_gradients(plain)
+        shards = [p for p in trainer.parameters if is_shard(p)]
+        found["sharded"], found["all"] = len(shards), sum(p.numel() for p in shards)
+        found["kept"] = sum(p.to_local().numel() for p in shards)
+        found["policy"] = _whole_gradients(trainer.parameters)
+        found["norm"] = float(torch.cat([g.flatten() for g in found["policy"]]).norm())
+        clip(trainer.parameters, found["norm"] / 2, ranks)
+        found["clipped"] = float(torch.cat([g.flatten() for g in _whole_gradients(trainer.parameters)]).norm())
+
+    trainer._step_policy = keep
+    real = trainer.training.step
+
+    def step(*args: Any) -> None:
+        ranks.average_gradients(trainer.head.parameters())
+        found["head"] = _whole_gradients(trainer.head.parameters())
+        real(*args)
+
+    trainer.training.step = step
+    recorded = trainer._start_rollouts()
+    trainer.train_step(trainer.job.train.batches(trainer.config.batch_size, shard=(ranks.rank, ranks.world)), recorded)
+    if recorded is not None:
+        recorded.close()
+    return found
+
+
+def _whole_gradients(parameters: Any) -> list[Tensor]:
+    there: list[Any] = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return [gradient.full_tensor() if is_shard(gradient) else gradient.clone() for gradient in there]
+
+
+def _folder_weights(folder: Path) -> dict[str, Tensor]:
+    vla = load_openvla(folder, use_proprio=True)
+    return {name: value.detach() for name, value in vla.named_parameters()}
+
+
+def test_a_sharded_run_validates_saves_resumes_and_loads_on_one_rank(tmp_path: Path) -> None:
+    """Beside the replicated run, whose checkpoint it may go on from, as that from its."""
+    results(2, _sharded_runs, tmp_path / "found", tmp_path)
+    expected = _folder_weights(tmp_path / "no/run--4_chkpt")
+    state = torch.load(tmp_path / "no/run--4_chkpt" / checkpoints.STATE, weights_only=False)
+    assert (tmp_path / "whole/run--4_chkpt/lora_adapter").is_dir()
+    whole = torch.load(tmp_path / "whole/run--4_chkpt" / checkpoints.STATE, weights_only=False)
+    for name in ("yes", "mixed", "back"):
+        folder = tmp_path / name / "run--4_chkpt"
+        found = _folder_weights(folder)
+        assert found.keys() == expected.keys()
+        assert all(torch.allclose(value, expected[key], rtol=2e-2, atol=2e-3) for key, value in found.items()), name
+        other = torch.load(folder / checkpoints.STATE, weights_only=False)
+        for key, value in state["policy"].items():  # fp32; saved weights are bf16
+            assert (other["policy"][key] - value).abs().max() < 2e-4, (name, key)
+        for index, entry in state["optimizer"]["state"].items():
+            for key, value in entry.items():
+                assert torch.allclose(other["optimizer"]["state"][index][key], value, rtol=1e-2, atol=1e-5), (name, key)
+        if name == "yes":
+            assert all(torch.equal(value, whole["policy"][key]) for key, value in other["policy"].items())
+        rows = [json.loads(row) for row in (tmp_path / name / "run/metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4]
+
+
+def _sharded_runs(ranks: Ranks, runs: Path) -> None:
+    flags: dict[str, Any] = {
+        "use_val_set": True,
+        "val_freq": 2,
+        "val_time_limit": 1,
+        "max_grad_norm": 1.0,
+        "save_freq": 2,
+    }
+
+    def run(name: str, steps: int, fsdp: bool) -> None:
+        going_on = (runs / name).exists()
+        ranks.share()
+        changes = {**flags, "max_steps": steps, "fsdp": fsdp, "resume": going_on}
+        changes["merge_lora_during_training"] = name != "whole"
+        Trainer(_config(runs / name, ranks.world, **changes), ranks).run()
+
+    run("no", 2, False)
+    run("yes", 2, True)
+    ranks.on_main(lambda: [shutil.copytree(runs / a, runs / b) for a, b in (("no", "mixed"), ("yes", "back"))])
+    for name, fsdp in (("no", False), ("yes", True), ("mixed", True), ("back", False), ("whole", True)):
+        run(name, 4, fsdp)
+
+
+def test_sharding_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(FlagError, match="--fsdp True needs several processes"):
+        Trainer(_config(tmp_path, 1, fsdp=True))
+    monkeypatch.delattr("torch.distributed.fsdp.fully_shard")
+    with pytest.raises(FlagError, match=r"--fsdp True needs torch 2\.6 or newer"):
+        sharding.shard(load_openvla(EMBEDDED_VLA), Ranks(0, 2), "fp32")
 
 
 def _poisoned(ranks: Ranks, runs: Path) -> tuple[list[Any], bool]:

@@ -23,6 +23,8 @@ TESTS = ROOT / "tests"
 
 NOT_CORE = {
     "test_backbones.py": "the native backbone: the `native` extra",
+    "test_benchmark_page.py": "figures: the `native` extra",
+    "test_cache.py": "the native backbone, RLDS",
     "test_closed_loop.py": "the native backbone, RLDS",
     "test_completion.py": "shtab: the `completion` extra",
     "test_crops.py": "the native backbone",
@@ -30,9 +32,11 @@ NOT_CORE = {
     "test_demo.py": "the native backbone, RLDS",
     "test_diffusion.py": "the native backbone, RLDS",
     "test_diffusion_host.py": "the native backbone beside the host's",
+    "test_distributed.py": "the native backbone, RLDS",
     "test_docs.py": "the native backbone, RLDS",
     "test_doctor.py": "the native backbone beside the host's",
     "test_doctor_host.py": "openvla-oft itself, which is no part of the repository",
+    "test_durable.py": "the native backbone, RLDS",
     "test_film.py": "the native backbone, RLDS",
     "test_finetune.py": "the native backbone, RLDS",
     "test_finetune_rollouts.py": "the native backbone, RLDS",

@@ -43,7 +43,7 @@ class RldsDataset:
         shuffle_buffer_size: frames; 0 or 1 reads in stored order.
         seed: of shuffling and augmentation.
         val_fraction: share of training episodes held out where there is no `val`, at least one; 0 for none.
-        num_threads: threads that TensorFlow may use for decoding.
+        num_threads: threads that TensorFlow may use for reading and decoding; the batches are the same.
         outcomes: give each frame its episode's success and the steps that remain of it, where the dataset knows.
 
     Attributes:
@@ -216,7 +216,7 @@ class RldsDataset:
                 [len(self._shards)], tf.stack([tf.constant(self._seed, tf.int64), epoch])
             )
             order = tf.argsort(noise)
-        episodes = self._source.episodes(self._shards, self._image_keys, order)
+        episodes = self._source.episodes(self._shards, self._image_keys, order, self._num_threads)
         chunked = episodes.map(self._plain(self._chunk)).filter(self._plain(lambda labelled, _: labelled))
         frames = chunked.map(self._plain(lambda _, steps: steps)).unbatch()
         if self._buffer > 1:

@@ -156,13 +156,17 @@ class RldsSource:
 
     # --- reading ---
 
-    def episodes(self, shards: list[Shard], image_keys: tuple[str, ...] = (), order: Any = None) -> Any:
+    def episodes(
+        self, shards: list[Shard], image_keys: tuple[str, ...] = (), order: Any = None, threads: int = 1
+    ) -> Any:
         """A `tf.data.Dataset` of episodes, images not decoded.
 
         Args:
             shards: from `shards`.
             image_keys: in `observation`.
             order: tensor of indices into `shards`; as they are if None.
+            threads: so many episodes are parsed at once, and with several the next shard is opened ahead; the order is
+                the same.
 
         Returns:
             Elements `{"episode": (), "action": (T,A), "motion": (T,M), "proprio": (T,P), "language": (T,),
@@ -188,7 +192,11 @@ class RldsSource:
         order = tf.range(len(shards)) if order is None else order
         # AutoGraph has nothing to convert here, and when it stumbles it prints the whole environment.
         plain = tf.autograph.experimental.do_not_convert
-        return tf.data.Dataset.from_tensor_slices(order).flat_map(plain(read)).map(plain(parse))
+        indices = tf.data.Dataset.from_tensor_slices(order)
+        if threads == 1:
+            return indices.flat_map(plain(read)).map(plain(parse))
+        records = indices.interleave(plain(read), cycle_length=1, num_parallel_calls=1, deterministic=True)
+        return records.map(plain(parse), num_parallel_calls=threads, deterministic=True)
 
     def _subset(self, image_keys: tuple[str, ...]) -> Any:
         """The dataset's features reduced to those that are read."""

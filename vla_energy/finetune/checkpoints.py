@@ -17,6 +17,7 @@ from vla_energy.checkpoint import CheckpointError, atomic_write, save_head, sync
 from vla_energy.durable import check_seal, read_torch, seal
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig
 from vla_energy.finetune.setup import vla_folder
+from vla_energy.finetune.sharding import load_optimizer_state, write
 from vla_energy.rerank import MARGIN_KEY
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ STATE = "training_state.pt"
 # Flags that may differ between a run and its continuation.
 _FREE = {"resume", "resume_step", "max_steps", "val_freq", "val_time_limit", "use_val_set", "save_freq"} | {
     "save_latest_checkpoint_only", "keep_checkpoints", "wandb_entity", "wandb_project", "wandb_log_freq", "device",
-    "run_root_dir", "check_ranks_every",
+    "run_root_dir", "check_ranks_every", "data_threads", "fsdp",
 }  # fmt: skip
 
 
@@ -176,13 +177,12 @@ def _restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trained = {name for name, parameter in named.items() if parameter.requires_grad}
     if trained != set(state["policy"]):
         raise ValueError("it holds other weights of the policy than this run trains")
-    with torch.no_grad():
-        for name, value in state["policy"].items():
-            if value.shape != named[name].shape:
-                raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(named[name].shape)}")
-            named[name].copy_(value)
+    for name, value in state["policy"].items():
+        if value.shape != named[name].shape:
+            raise ValueError(f"{name} is {tuple(value.shape)}, expected {tuple(named[name].shape)}")
+        write(named[name], value)
     if trainer.optimizer is not None:
-        trainer.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(trainer.optimizer, state["optimizer"])
     if trainer.head is not None and trainer.guard is not None:
         trainer.head.load_state_dict(state["head"])
         trainer.guard.load_state_dict(state["guard"])
@@ -301,7 +301,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
         "step": trainer.step,
         "flags": _flags(trainer.config, trainer.ranks.world),
         "policy": {name: p.detach().cpu() for name, p in trainer.job.vla.named_parameters() if p.requires_grad},
-        "optimizer": None if trainer.optimizer is None else trainer.optimizer.state_dict(),
+        "optimizer": trainer.whole_optimizer_state(),
         "head": trainer.head.state_dict() if with_head and trainer.head is not None else None,
         "guard": trainer.guard.state_dict() if with_head and trainer.guard is not None else None,
         "monitor": None if trainer.monitor is None else trainer.monitor.state_dict(),

@@ -27,6 +27,7 @@ class FinetuneConfig:
         dataset_config: JSON or YAML file that describes a dataset we do not know.
         run_root_dir: runs are written below it.
         shuffle_buffer_size: frames.
+        data_threads: of each process, to read, decode and augment frames; the batches are the same with any number.
         use_l1_regression: continuous actions by L1; False is discrete action tokens, without an action head, or what
             `use_diffusion` says.
         use_diffusion: continuous actions by diffusion: the action head learns the noise in a chunk, chunks are samples.
@@ -66,6 +67,7 @@ class FinetuneConfig:
         seed: of everything random.
         check_ranks_every: with several processes (torchrun), steps between two comparisons of a hash of their weights;
             0 compares them at the start only.
+        fsdp: with several processes, each keeps its part of the decoder layers (FSDP2); needs torch 2.6.
     """
 
     vla_path: str = EMBEDDED
@@ -73,6 +75,7 @@ class FinetuneConfig:
     dataset_name: str = "metaworld_demo"
     run_root_dir: Path = Path("runs")
     shuffle_buffer_size: int = 100_000
+    data_threads: int = 1
     use_l1_regression: bool = True
     use_diffusion: bool = False
     num_diffusion_steps_train: int = 50
@@ -117,6 +120,7 @@ class FinetuneConfig:
     device: str = "auto"
     seed: int = 7
     check_ranks_every: int = 0
+    fsdp: bool = False
 
     def check(self) -> None:
         """Refuses what cannot work or is not built yet, before anything is loaded.
@@ -130,7 +134,8 @@ class FinetuneConfig:
             raise FlagError(f"--precision {self.precision}: known are bf16, fp32")
         if self.lr_schedule not in ("step", "cosine"):
             raise FlagError(f"--lr_schedule {self.lr_schedule}: known are step, cosine")
-        for flag in ("batch_size", "grad_accumulation_steps", "max_steps", "val_freq", "save_freq", "wandb_log_freq"):
+        counts = ("batch_size", "grad_accumulation_steps", "max_steps", "val_freq", "save_freq", "wandb_log_freq")
+        for flag in (*counts, "data_threads"):
             if getattr(self, flag) < 1:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be 1 or more")
         for flag in ("learning_rate", "energy_learning_rate", "lora_rank", "num_images_in_input", "val_time_limit"):

@@ -21,6 +21,7 @@ from vla_energy.data.augment import center_crop
 from vla_energy.distributed import ALONE, Ranks
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
 from vla_energy.finetune.energy import PolicyShape
+from vla_energy.finetune.sharding import shard
 from vla_energy.head import EnergyHead
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def open_split(config: FinetuneConfig, vla: LoadedVLA, split: str, statistics: D
         # Held-out frames in stored order would make a batch of neighbours, which are no negatives of each other.
         shuffle_buffer_size=config.shuffle_buffer_size if training else 10_000,
         seed=config.seed,
+        num_threads=config.data_threads,
     )
 
 
@@ -115,6 +117,7 @@ def open_rollouts(config: FinetuneConfig, vla: LoadedVLA, statistics: DatasetSta
             image_aug=config.image_aug,
             shuffle_buffer_size=config.shuffle_buffer_size,
             seed=config.seed,
+            num_threads=config.data_threads,
             val_fraction=0.0,
             outcomes=True,
         )
@@ -169,7 +172,11 @@ def prepare(config: FinetuneConfig, ranks: Ranks = ALONE) -> Job:
     statistics = policy_statistics(vla, config.dataset_name) if finished else probe.statistics
     train = open_split(config, vla, "train", statistics)
     vla.requires_grad_(False) if config.energy.freeze_backbone else None
-    return Job(vla.to(device), train, statistics, device, ranks)
+    vla = vla.to(device)
+    if config.fsdp:
+        ranks.check_equal((vla,), "before sharding")
+        shard(vla, ranks, config.precision)
+    return Job(vla, train, statistics, device, ranks)
 
 
 def policy_statistics(vla: LoadedVLA, dataset: str, name: str | None = None) -> DatasetStatistics:

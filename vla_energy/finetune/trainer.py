@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import math
 import time
@@ -34,6 +33,7 @@ from vla_energy.finetune.setup import (
     prepare,
     vla_folder,
 )
+from vla_energy.finetune.sharding import clip, gathered, is_shard, optimizer_state, whole
 from vla_energy.finetune.signals import RunStoppedError, StopSignals
 from vla_energy.outcomes import RolloutFrames
 
@@ -67,9 +67,12 @@ class Trainer:
         self.rollouts = open_rollouts(config, self.job.vla, self.job.statistics)
         self.trains_policy = not config.energy.freeze_backbone
         self.parameters = [p for p in self.job.vla.parameters() if p.requires_grad]
+        # Fused kernels take no mixture of shards and whole tensors.
+        how: dict[str, Any] = {"fused": False, "foreach": False} if config.fsdp else {"fused": True}
         self.optimizer = (
-            torch.optim.AdamW(self.parameters, lr=config.learning_rate, fused=True) if self.trains_policy else None
+            torch.optim.AdamW(self.parameters, lr=config.learning_rate, **how) if self.trains_policy else None
         )
+        self._gathered: dict[str, Any] | None = None  # the sharded optimiser's state, while rank 0 may save it
         self.head = self.guard = self.objective = self.monitor = None
         self.gate: dict[str, Any] | None = None  # of the last validation; its margin goes into the head's file
         self.generator = torch.Generator().manual_seed(config.seed)  # of the negatives alone
@@ -124,11 +127,11 @@ class Trainer:
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
                 stopping = self._stop_signal(stop)
                 if config.use_val_set and self._every(config.val_freq) and stopping is None:
-                    results = ranks.on_main(self._validate_or_save) or {}
+                    results = self._validate_or_save(log)
                     if log is not None:
                         log.write(self.step, checkpoints.flatten(results, "val"))
                 if self._every(config.save_freq) or stopping is not None:
-                    ranks.on_main(functools.partial(self._save, log))
+                    self._save(log)
                 if stopping is not None:
                     raise RunStoppedError(stopping, checkpoints.folder_of(config, self.step))
         return results
@@ -136,6 +139,10 @@ class Trainer:
     def _every(self, steps: int, last: bool = True) -> bool:
         """Whether something that is due every so many `steps` (0: never), and at the `last` one, is due now."""
         return (bool(steps) and self.step % steps == 0) or (last and self.step == self.config.max_steps)
+
+    def whole_optimizer_state(self) -> dict[str, Any] | None:
+        """The policy's optimiser, as checkpoints hold it; None where the policy is not trained."""
+        return self._gathered or (None if self.optimizer is None else self.optimizer.state_dict())
 
     def _open_log(self) -> MetricLog:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -149,9 +156,18 @@ class Trainer:
         return number if number and self.step < self.config.max_steps else None
 
     def _save(self, log: MetricLog | None) -> None:
-        if log is not None:
-            log.sync()
-        logger.info("saved %s", checkpoints.save(self))
+        """On rank 0; what is sharded is gathered there."""
+
+        def work() -> None:
+            if log is not None:
+                log.sync()
+            logger.info("saved %s", checkpoints.save(self))
+
+        if self.optimizer is not None and self.config.fsdp:
+            self._gathered = optimizer_state(self.optimizer, self.ranks)
+        with gathered(self.job.vla, self.ranks):
+            self.ranks.on_main(work)
+        self._gathered = None
 
     def _row(self, metrics: dict[str, Tensor | float]) -> dict[str, float]:
         """Plain numbers of all ranks' frames: the policy's are means over the ranks, the head's are so already."""
@@ -169,13 +185,23 @@ class Trainer:
         self.gate = results.get("gate")
         return results
 
-    def _validate_or_save(self) -> dict[str, Any]:
-        try:
-            return self.validate()
-        except Exception:
-            # The steps taken must not be lost to a held-out shard that cannot be read.
-            logger.error("validation failed; saved %s", checkpoints.save(self))
-            raise
+    def _validate_or_save(self, log: MetricLog | None) -> dict[str, Any]:
+        """The validation's metrics, on rank 0. The steps taken are not lost to held-out data that cannot be read."""
+        results: dict[str, Any] = {}
+        error: Exception | None = None
+        with whole(self.job.vla):
+            if self.ranks.is_main:
+                try:
+                    results = self.validate()
+                except Exception as raised:
+                    error = raised
+            self.ranks.share()  # the others wait, however long
+        failed = torch.tensor(float(error is not None), device=self.job.device)
+        if self.ranks.largest(failed):
+            logger.error("validation failed")
+            self._save(log)
+        self.ranks.share(error)
+        return results
 
     def _start_rollouts(self) -> RolloutStream | None:
         """The second stream, where this run's next step takes it up; None where rollouts are off."""
@@ -280,11 +306,14 @@ class Trainer:
     def _step_policy(self) -> None:
         config, optimizer = self.config, self.optimizer
         assert optimizer is not None
-        self.ranks.average_gradients(self.parameters)
+        self.ranks.average_gradients(p for p in self.parameters if not is_shard(p))  # FSDP averages those of shards
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rate_factor(config, self.step)
         if config.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm, error_if_nonfinite=True)
+            if config.fsdp:
+                clip(self.parameters, config.max_grad_norm, self.ranks)
+            else:
+                torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm, error_if_nonfinite=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
