@@ -6,17 +6,22 @@ import importlib
 import json
 import math
 import os
+from dataclasses import asdict
 from typing import Any
 
 from vla_energy.checkpoint import CheckpointError, atomic_write
 from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.rollout.summary import versions
+
+SETTINGS = "settings.json"
+"""File in a run's folder: its `flags`, and the `versions` of Python and packages; for people and the report."""
 
 
 class MetricLog:
     """Writes rows of scalars; a context manager.
 
     Args:
-        config: its `run_dir` gets `metrics.jsonl` and TensorBoard's events.
+        config: its `run_dir` gets `metrics.jsonl`, TensorBoard's events, and `SETTINGS`.
         step: rows after this step are dropped from an existing `metrics.jsonl`, as a resumed run writes them anew.
 
     Raises:
@@ -30,6 +35,7 @@ class MetricLog:
         kept = self._kept(step) if config.resume else []
         # Whole or not at all: a kill while this is written must not lose the rows of the steps before.
         atomic_write(self._path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
+        atomic_write(config.run_dir / SETTINGS, lambda file: file.write(_settings(config).encode()))
         writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
         self._tensorboard = writer(str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
@@ -82,3 +88,7 @@ class MetricLog:
         return wandb.init(
             entity=config.wandb_entity or None, project=config.wandb_project, name=f"ft+{config.run_dir.name}"
         )
+
+
+def _settings(config: FinetuneConfig) -> str:
+    return json.dumps({"flags": asdict(config), "versions": versions()}, indent=1, default=str) + "\n"
