@@ -60,7 +60,7 @@ def shapes() -> dict[str, Any]:
     return {"frames": [frame, damaged], "gate": gate, "bands": {"from_0": 0.7, "from_0.3": 0.9}}
 
 
-def film(decisions: int = 6) -> dict[str, Any]:
+def footage(decisions: int = 6) -> dict[str, Any]:
     """Frames of one episode."""
     from PIL import Image
 
@@ -95,7 +95,7 @@ def write_run(folder: Path, shift: float = 0.0, rate: float = 1e-3) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(shift=shift)))
     stored = {"flags": {"seed": 7, "learning_rate": rate, "energy": {"range": {"name": "softplus"}}}, "versions": {}}
     files = {"metrics.json": metrics(), "rollout.json": rollout(), "preflight.json": preflight()}
-    files |= {"shapes.json": shapes(), "film.json": film(), "settings.json": stored}
+    files |= {"shapes.json": shapes(), "footage.json": footage(), "settings.json": stored}
     files |= {"energy_gates.json": {"margins": {"rerank": None, "retrieve": 0.0}, "tasks": {"reach": "retrieve@2"}}}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))

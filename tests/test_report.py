@@ -8,12 +8,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_fixture import film, metrics, rows, write_run
+from report_fixture import footage, metrics, rows, write_run
 
 from vla_energy import cli
 from vla_energy.report.compare import differing_settings
 from vla_energy.report.curves import PLOTS, series_of
-from vla_energy.report.film import film_figure
+from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
 from vla_energy.report.runs import ReportError, Run, read_rows, read_run, read_runs
 
@@ -103,7 +103,7 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     page = write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")
     _is_whole(page)
     curve = ElementTree.tostring(_drawings(page)["Policy L1"], encoding="unicode")
-    assert all(f"{run}, {name}" in curve for run in "ab" for name in ("train", "held out"))
+    assert all(f">{name}</" in curve for name in ("a", "b", "train", "held out"))
     assert "Win rate in training" not in _drawings(page)
     assert "Ranking by kind of negative, last row of training" in _drawings(page)
     assert page.count("<img") == 2 and "<td>learning_rate</td><td>0.001</td><td>0.0005</td>" in page
@@ -153,15 +153,17 @@ def test_labels_differ_and_stay_short(tmp_path: Path) -> None:
     assert len(set(labels)) == 2 and max(map(len, labels)) <= 22
 
 
-def test_the_film_needs_no_script_and_its_data_cannot_end_it(tmp_path: Path) -> None:
-    shown = film()
+def test_the_footage_needs_no_script_and_its_data_cannot_end_it(tmp_path: Path) -> None:
+    shown = footage()
     shown["decisions"][1]["energy"] = None
     shown["decisions"][3]["image"] = None
-    page = film_figure(Run(tmp_path, film=shown), 0)
+    page = footage_figure(Run(tmp_path, footage=shown), 0)
     assert page.count("<img src='data:image/jpeg;base64,") == 1 and page.count("data:image/jpeg") == 1 + 5
     assert page.count("</script>") == 1 and "reach &lt;/script&gt;" in page
     assert "max='4'" in page and "energy n/a of what is executed" in page
-    assert film_figure(Run(tmp_path), 0) == "" == film_figure(Run(tmp_path, film={**shown, "decisions": []}), 0)
+    assert (
+        footage_figure(Run(tmp_path), 0) == "" == footage_figure(Run(tmp_path, footage={**shown, "decisions": []}), 0)
+    )
 
 
 def test_a_run_without_metrics_and_a_torn_line_are_named(tmp_path: Path) -> None:

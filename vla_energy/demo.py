@@ -170,7 +170,12 @@ def _rollout(out: Path, episodes: int) -> tuple[dict[str, Any] | None, str | Non
     except SimulatorError as error:
         return None, f"the simulator does not run here: {error}"
     result = run_rollouts(
-        load_policy(str(out / "latest"), strict=True), TASKS, episodes, ["policy", "rerank"], out=out / "rollout.json"
+        load_policy(str(out / "latest"), strict=True),
+        TASKS,
+        episodes,
+        ["policy", "rerank"],
+        out=out / "rollout.json",
+        footage=out / "footage.json",
     )
     return {key: value for key, value in result.items() if key != "episodes"}, None
 

@@ -10,6 +10,7 @@ from typing import Any
 
 COLOURS = ("#3b82f6", "#ef7d1a", "#22a06b", "#c2479a", "#8b6cef", "#a58a2b", "#1aa0b4", "#d9534f", "#7c8798")
 INK = "#808890"  # mid-tone: readable on white and on black
+_LINE = 70  # characters of a legend that fit below a plot
 _DASHES = ("-", "--", ":", "-.")
 _TERMS = ("info_nce", "chance", "listwise", "distance_regression", "margin", "hinge", "diversity", "anchor", "outcome")
 PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -64,20 +65,43 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
         return ""
     figure, axes = new_figure(5.2, 3.2)
     names = list(dict.fromkeys(name for series in found.values() for name in series))
-    for number, (run, series) in enumerate(found.items()):
+    for number, series in enumerate(found.values()):
         for name, (steps, values) in series.items():
             index = names.index(name)
             colour = COLOURS[(number if len(runs) > 1 else index) % len(COLOURS)]
-            dash = _DASHES[index % len(_DASHES)] if len(runs) > 1 else "-"
-            shown = name if len(runs) == 1 else run if len(names) == 1 else f"{run}, {name}"
+            # Of one run, more metrics than colours are told apart by the dash.
+            dash = _DASHES[(index if len(runs) > 1 else index // len(COLOURS)) % len(_DASHES)]
             marker = "o" if len(steps) < 12 else ""
-            axes.plot(steps, values, color=colour, label=shown, lw=1.6, ls=dash, marker=marker, ms=4)
+            axes.plot(steps, values, color=colour, label=name, lw=1.6, ls=dash, marker=marker, ms=4)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(label, color=INK)
-    if len(runs) > 1 or len(names) > 1:
-        figure.legend(loc="outside lower center", ncols=3 if len(runs) == 1 else 2, frameon=False, labelcolor=INK,
-                      fontsize=9)  # fmt: skip
+    if len(runs) > 1:
+        _legend_of_runs(figure, list(runs), names)
+    elif len(names) > 1:
+        legend(figure)
     return figure_html(figure, title)
+
+
+def _legend_of_runs(figure: Any, runs: Sequence[str], names: Sequence[str]) -> None:
+    """A colour a run and a dash a metric: shorter than an entry for each curve."""
+    from matplotlib.lines import Line2D
+
+    entries = [Line2D([], [], color=COLOURS[n % len(COLOURS)], lw=1.6, label=run) for n, run in enumerate(runs)]
+    if len(names) > 1:
+        dashes = [_DASHES[n % len(_DASHES)] for n in range(len(names))]
+        entries += [Line2D([], [], color=INK, lw=1.6, ls=d, label=n) for d, n in zip(dashes, names, strict=True)]
+    legend(figure, entries)
+
+
+def legend(figure: Any, entries: Sequence[Any] | None = None) -> None:
+    """Below the plot, in as many columns as the longest label leaves room for; by default of what is drawn."""
+    if entries is None:
+        entries = [handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0]]
+    longest = max(len(str(entry.get_label())) for entry in entries)
+    columns = max(1, min(3, _LINE // (longest + 8)))
+    figure.legend(
+        handles=list(entries), loc="outside lower center", ncols=columns, frameon=False, labelcolor=INK, fontsize=9
+    )
 
 
 def by_kind(wanted: Mapping[str, str]) -> bool:
@@ -98,6 +122,7 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 def plain(axes: Any) -> None:
     """No frame, a faint grid, mid-tone ink."""
     axes.tick_params(colors=INK)
+    axes.ticklabel_format(useOffset=False)
     axes.grid(color=INK, alpha=0.25, lw=0.6)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vla_energy.report.curves import COLOURS, INK, figure_html, new_figure, plain
+from vla_energy.report.curves import COLOURS, INK, figure_html, legend, new_figure, plain
 from vla_energy.report.runs import Run, finite
 
 _MARKERS = "osD^v<>P"
@@ -57,7 +58,7 @@ def bands(runs: Sequence[Run]) -> str:
     axes.set_xticks(range(len(names)), [f"{band[5:]} on" for band in names])
     axes.set_xlabel("distance of the nearer candidate to the expert, normalised units", color=INK)
     axes.set_ylabel("pairs in the right order", color=INK)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    legend(figure)
     return figure_html(figure, "Ranking by distance", note="Dotted: chance. Near pairs are what reranking needs.")
 
 
@@ -110,12 +111,14 @@ def gate(run: Run) -> str:
     curves = {"held out": (run.shapes or {}).get("gate")}
     for mode, values in ((run.preflight or {}).get("modes") or {}).items():
         curves[f"preflight, {mode}"] = values.get("curve")
-    return "".join(_gate(run, name, curve) for name, curve in curves.items() if curve and len(curve["margins"]) > 1)
+    return "".join(_gate(run, name, curve) for name, curve in curves.items() if curve)
 
 
 def _gate(run: Run, name: str, curve: Mapping[str, Any]) -> str:
     from matplotlib.figure import Figure
 
+    if len(curve["margins"]) < 2:
+        return f"<p>Gate, {html.escape(name)}: no candidate had a lower energy than the policy's own chunk.</p>"
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes in (upper, lower):
@@ -129,11 +132,14 @@ def _gate(run: Run, name: str, curve: Mapping[str, Any]) -> str:
     lower.plot(margins, curve["l1"], color=COLOURS[2], lw=1.6, label="L1 behind the gate")
     lower.axhline(curve["l1_policy"], color=INK, lw=0.9, ls=":", label="L1 of the policy")
     lower.set_ylabel("L1", color=INK)
+    bounds = [curve["l1_policy"], *curve["l1"]]
+    # A change that is next to nothing is to look so.
+    lower.set_ylim(min(0.98 * curve["l1_policy"], *bounds), max(1.02 * curve["l1_policy"], *bounds))
     lower.set_xlabel("margin, units of energy", color=INK)
     if finite(chosen):
         for axes in (upper, lower):
             axes.axvline(chosen, color=COLOURS[3], lw=1.2, label="calibrated margin" if axes is upper else None)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+    legend(figure)
     note = "" if finite(chosen) else "No margin was shown to be safe: the gate stays shut, whatever the curve says."
     return figure_html(figure, f"Gate, {run.label}, {name}", f"Gate by its margin, {name}", note)
 
@@ -181,7 +187,7 @@ def dots(
         pad = 0.03 * (limits[1] - limits[0])
         axes.set_xlim(limits[0] - pad, limits[1] + pad)
     if len(shown) > 1 and not single:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK, fontsize=9)
+        legend(figure)
     return figure_html(figure, title, note=note)
 
 

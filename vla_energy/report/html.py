@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run, or several compared. No network; a few lines of script move the film."""
+"""One self-contained HTML page about a run, or several compared. No network; a few lines of script move the footage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from vla_energy.report import figures
 from vla_energy.report.compare import differing_settings, headlines, last_metrics
 from vla_energy.report.curves import PLOTS, draw
-from vla_energy.report.film import film_figure
+from vla_energy.report.footage import footage_figure
 from vla_energy.report.landscapes import landscape_figures
 from vla_energy.report.page import cell, details, page, table
 from vla_energy.report.runs import Run
@@ -38,13 +38,13 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
         _section("Curves", [draw({run.label: run.rows for run in runs}, *plot) for plot in PLOTS], _curves_note(runs)),
         _ranking(runs),
         _section("Energy landscapes, held out", [part for run in runs for part in landscape_figures(run)],
-                 "Blue is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
+                 "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
                  "both is what a search along the energy would find."),
         _section("Gate", [figures.gate(run) for run in runs],
                  "What each margin would let through, on episodes that did not set it."),
         *(_gates(run, len(runs) > 1) for run in runs),
         _closed_loop(runs),
-        *(film_figure(run, number, len(runs) > 1) for number, run in enumerate(runs)),
+        *(footage_figure(run, number, len(runs) > 1) for number, run in enumerate(runs)),
         *(_seconds(run) for run in runs),
         *(details(_of("Settings", run, runs), run.settings) for run in runs),
         *(details(_of("Versions", run, runs), run.versions) for run in runs),
@@ -109,7 +109,7 @@ def _preflight(run: Run, several: bool) -> str:
     reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in rest)
     plot = figures.effects(run)
     drawn = f"<div class='plots'>{plot}</div>" if plot else ""
-    return f"<h2>{title}: {html.escape(first)}</h2><ul>{reasons}</ul>{drawn}"
+    return f"<h2>{title}</h2><p class='verdict'>{html.escape(first)}</p><ul>{reasons}</ul>{drawn}"
 
 
 def _ranking(runs: Sequence[Run]) -> str:

@@ -16,7 +16,8 @@ def landscape_figures(run: Run) -> list[str]:
     """Two plots a frame: the plane through policy and expert, and the energy when one step of the expert's is moved."""
     parts = []
     for number, frame in enumerate((run.shapes or {}).get("frames") or [], start=1):
-        where = f"{frame['task']}, episode {frame['episode']}, step {frame['step']}"
+        step = f", step {frame['step']}" if frame["step"] >= 0 else ""
+        where = f"{frame['task'] or 'frame'}, episode {frame['episode']}{step}"
         name = f"{run.label}, frame {number}"
         parts.append(_plane(frame["plane"], f"Landscape, {name}", f"{where}: plane through policy and expert"))
         parts.append(_time(frame["time"], f"Along the chunk, {name}", f"{where}: one step of the chunk moved"))

@@ -18,11 +18,11 @@ body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
 p { color: var(--soft); margin: .3rem 0 .8rem; }
-.cards, .plots { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
+.cards, .plots { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); }
+.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
 .card, figure { margin: 0; padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
-.card b { display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums; } .card span { color: var(--soft); }
+.card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; } .card span { color: var(--soft); }
 figcaption { font-weight: 600; } figure svg { width: 100%; height: auto; display: block; }
 .scroll { overflow-x: auto; overflow-wrap: normal; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
@@ -30,9 +30,12 @@ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 pre { padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow-x: auto;
   font-size: .85rem; overflow-wrap: normal; } details { margin-top: 1.5rem; }
+.verdict { color: var(--ink); font-weight: 600; }
 .note { font-size: .85rem; margin: .3rem 0 0; } h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
-.film img { width: 100%; max-width: 20rem; display: block; image-rendering: pixelated; border-radius: .3rem; }
-.film input { width: 100%; margin: .6rem 0; accent-color: #3b82f6; } .film output { display: block; min-height: 3em; }
+.footage { max-width: 36rem; }
+.footage img { width: 100%; max-width: 20rem; display: block; image-rendering: pixelated; border-radius: .3rem; }
+.footage input { width: 100%; margin: .6rem 0; accent-color: #3b82f6; }
+.footage output { display: block; min-height: 3em; }
 summary { cursor: pointer; font-weight: 600; }
 """
 

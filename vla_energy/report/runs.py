@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SETTINGS, SHAPES, FILM = "settings.json", "shapes.json", "film.json"
+SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
 """Files in a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`),
-frames of one episode (`rollout.film`)."""
+frames of one episode (`rollout.footage`)."""
 
 _GATES = "energy_gates.json"
 _LABEL = 20
@@ -35,7 +35,7 @@ class Run:
         preflight: as `preflight.verdict.judge` gives it, None without.
         gates: `margins` and `tasks` of the checkpoint, None where preflight has written none.
         shapes: see `finetune.shapes`, None without.
-        film: see `rollout.film`, None without.
+        footage: see `rollout.footage`, None without.
         missing: what is not there -> what would make it.
         label: short, different from that of the other runs on the page.
     """
@@ -49,7 +49,7 @@ class Run:
     preflight: dict[str, Any] | None = None
     gates: dict[str, Any] | None = None
     shapes: dict[str, Any] | None = None
-    film: dict[str, Any] | None = None
+    footage: dict[str, Any] | None = None
     missing: dict[str, str] = field(default_factory=dict)
     label: str = ""
 
@@ -105,7 +105,7 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
     else:
         run.rows = read_rows(home)
     found = {name: _find(places, name) for name in ("metrics.json", "rollout.json", "preflight.json", SETTINGS)}
-    found |= {name: _find(places, name) for name in (SHAPES, FILM)}
+    found |= {name: _find(places, name) for name in (SHAPES, FOOTAGE)}
     gates = _find([*places, *_checkpoints(home or folder)], _GATES)
     if not any((*found.values(), home, gates, preflight, rollout)):
         raise ReportError(
@@ -118,7 +118,7 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
     stored = texts[SETTINGS] or {}
     run.settings, run.versions = stored.get("flags", {}), stored.get("versions") or run.metrics.get("versions", {})
     run.rollout = texts["rollout.json"] or run.metrics.get("rollout")
-    run.preflight, run.shapes, run.film = texts["preflight.json"], texts[SHAPES], texts[FILM]
+    run.preflight, run.shapes, run.footage = texts["preflight.json"], texts[SHAPES], texts[FOOTAGE]
     run.gates = _read(gates)
     _tell_missing(run)
     return run
@@ -225,8 +225,8 @@ def _tell_missing(run: Run) -> None:
             f"no rollout.json{f' ({reason})' if reason else ''}: vla-energy rollout ... --out "
             + (f"{name}/rollout.json, or --rollout FILE")
         )
-    if run.film is None:
-        run.missing["frames of an episode"] = f"no {FILM}: vla-energy rollout ... --film {name}/{FILM}"
+    if run.footage is None:
+        run.missing["frames of an episode"] = f"no {FOOTAGE}: vla-energy rollout ... --footage {name}/{FOOTAGE}"
 
 
 def finite(value: Any) -> bool:

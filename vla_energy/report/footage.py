@@ -18,32 +18,32 @@ line.setAttribute('x1', all[i][2]); line.setAttribute('x2', all[i][2]); };
 box.querySelector('input').addEventListener('input', event => show(+event.target.value)); })();</script>"""
 
 
-def film_figure(run: Run, number: int, several: bool = False) -> str:
-    """The film of a run as a section; empty text without one. Without script its first frame shows.
+def footage_figure(run: Run, number: int, several: bool = False) -> str:
+    """The footage of a run as a section; empty text without one. Without script its first frame shows.
 
     Args:
-        run: see `Run.film`.
-        number: different for each film on the page.
+        run: see `Run.footage`.
+        number: different for each one on the page.
         several: whether the title names the run.
     """
-    decisions = (run.film or {}).get("decisions") or []
+    decisions = (run.footage or {}).get("decisions") or []
     shown = [decision for decision in decisions if decision.get("image")]
-    if run.film is None or not shown:
+    if run.footage is None or not shown:
         return ""
-    film, box = run.film, f"film-{number}"
+    shot, box = run.footage, f"footage-{number}"
     plot, at = _plot(decisions, box)
     data = [
         (f"data:image/jpeg;base64,{decision['image']}", _text(decision), at[decision["step"]]) for decision in shown
     ]
     title = f"An episode and its energy{f', {run.label}' if several else ''}"
     about = (
-        f"{film['instruction'] or film['task']}: arm {film['arm']}, seed {film['seed']}, "
-        f"{'solved' if film['success'] else 'not solved'} after {film['steps']} steps. "
+        f"{shot['instruction'] or shot['task']}: arm {shot['arm']}, seed {shot['seed']}, "
+        f"{'solved' if shot['success'] else 'not solved'} after {shot['steps']} steps. "
         f"{len(shown)} of {len(decisions)} decisions have a frame."
     )
     script = _SCRIPT.replace("BOX", box).replace("DATA", json.dumps(data).replace("</", "<\\/"))
     return (
-        f"<h2>{html.escape(title)}</h2><p>{html.escape(about)}</p><figure class='film' id='{box}'>"
+        f"<h2>{html.escape(title)}</h2><p>{html.escape(about)}</p><figure class='footage' id='{box}'>"
         f"<img src='{data[0][0]}' alt='what the camera sees'>"
         f"<input type='range' min='0' max='{len(data) - 1}' value='0' step='1' aria-label='decision of the episode'>"
         f"<output>{html.escape(data[0][1])}</output>{plot}</figure>{script}"
