@@ -43,7 +43,14 @@ def test_demo_writes_metrics_report_and_checkpoint(start: str, tmp_path: Path, c
     assert {"l1_policy", "l1_reranked", "l1_gated", "l1_oracle"} <= metrics["rerank"].keys()
     assert {"finetune", "evaluate_before", "total"} <= metrics["seconds"].keys()
     assert "torch" in metrics["versions"]
-    assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page and "Energy landscapes, held out" in page and "<h2>Gate</h2>" in page
+    shapes = json.loads((out / "shapes.json").read_text())
+    assert len({frame["episode"] for frame in shapes["frames"]}) == len(shapes["frames"]) == 3
+    assert {frame["task"] for frame in shapes["frames"]} <= {task.replace("-", " ") for task in demo.TASKS}
+    assert len(shapes["frames"][0]["time"]["energies"]) == 8 and shapes["bands"]
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["flags"]["max_steps"] == 2 and "torch" in settings["versions"]
     assert (out / "latest" / "config.json").is_file()
     printed = capsys.readouterr().out
     assert "best candidate" in printed and "libosmesa6" in printed

@@ -70,6 +70,35 @@ def calibrate_margin(
     return _by_episodes(gains, worse, episodes[order], risk, 1 - confidence)
 
 
+def margin_curve(energies: Tensor, distances: Tensor, points: int = 24) -> dict[str, list[float | None]]:
+    """What each of several margins would accept, and the loss that follows: for a picture, not for a choice.
+
+    Args:
+        energies, distances: `(M,N)` as for `calibrate_margin`; of rows that did not set the margin.
+        points: at most so many margins, from 0 through quantiles of the gains to the largest, which accepts nothing.
+
+    Returns:
+        `margins`, and for each: `accepted` (share of rows), `worse` (share of these that are worse than the policy's
+        chunk, None where none is accepted), `l1` (mean distance behind the gate).
+    """
+    energies = energies.float()
+    energies = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf))
+    lowest, index = energies.min(1)
+    gains = (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf)
+    chosen = distances.gather(1, index[:, None])[:, 0]
+    finite = gains[gains.isfinite() & (gains > 0)].double()
+    grid = torch.linspace(0, 1, max(points - 1, 1), dtype=torch.float64)
+    margins = sorted({0.0, *finite.quantile(grid).tolist()}) if len(finite) else [0.0]
+    curve: dict[str, list[float | None]] = {"margins": [*margins], "accepted": [], "worse": [], "l1": []}
+    for margin in margins:
+        accepted = gains.double() > margin
+        worse = (chosen > distances[:, 0])[accepted]
+        curve["accepted"].append(float(accepted.double().mean()))
+        curve["worse"].append(float(worse.double().mean()) if len(worse) else None)
+        curve["l1"].append(float(torch.where(accepted, chosen, distances[:, 0]).double().mean()))
+    return curve
+
+
 def fewest_draws(risk: float, level: float = 0.1) -> int:
     """How many rows or episodes without anything worse a margin needs to pass at `level`, 1 less the confidence."""
     return math.ceil(math.log(level) / math.log1p(-risk))

@@ -22,6 +22,7 @@ COMMANDS = {
     "memory": ("vla_energy.finetune.remember", "remember the training set, for retrieval"),
     "patch": ("vla_energy.hosts.patch_command", "the energy head's lines in an openvla-oft checkout"),
     "preflight": ("vla_energy.preflight.command", "will reranking help? a verdict from held-out data"),
+    "report": ("vla_energy.report.command", "an HTML page about runs: curves, energies, gate"),
     "rollout": ("vla_energy.rollout.command", "closed-loop episodes, arms paired by seed"),
     "train-head": ("vla_energy.finetune.head_command", "train energy heads from a feature cache"),
 }

@@ -70,6 +70,7 @@ def run_demo(config: FinetuneConfig, episodes: int) -> dict[str, Any]:
         SimulatorError: the simulator failed in the middle; `metrics.json` has what was measured before.
     """
     from vla_energy.report.html import write_report
+    from vla_energy.report.runs import read_runs
 
     out = config.run_dir
     check_writable(out / "metrics.json")
@@ -99,7 +100,8 @@ def run_demo(config: FinetuneConfig, episodes: int) -> dict[str, Any]:
         with clock.phase("rollout", f"driving the simulated robot, {episodes} episodes a task and arm"):
             metrics["rollout"], metrics["rollout_reason"] = _rollout(out, episodes)
     with clock.phase("report", "writing the report"):
-        write_report(out, metrics, out / "report.html", config=vars(config))
+        write_json(out / "metrics.json", metrics)
+        write_report(read_runs([out]), out / "report.html")
     clock.seconds["total"] = clock.elapsed()
     write_json(out / "metrics.json", metrics)
     return metrics
@@ -168,7 +170,12 @@ def _rollout(out: Path, episodes: int) -> tuple[dict[str, Any] | None, str | Non
     except SimulatorError as error:
         return None, f"the simulator does not run here: {error}"
     result = run_rollouts(
-        load_policy(str(out / "latest"), strict=True), TASKS, episodes, ["policy", "rerank"], out=out / "rollout.json"
+        load_policy(str(out / "latest"), strict=True),
+        TASKS,
+        episodes,
+        ["policy", "rerank"],
+        out=out / "rollout.json",
+        footage=out / "footage.json",
     )
     return {key: value for key, value in result.items() if key != "episodes"}, None
 

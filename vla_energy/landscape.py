@@ -143,6 +143,55 @@ def plane_slice(
     return Slice(xs, ys, torch.cat(blocks, 1).unflatten(1, (resolution, resolution)))
 
 
+def step_slice(
+    energy_fn: EnergyFn,
+    policy: Tensor,
+    expert: Tensor,
+    extent: float = 1.0,
+    resolution: int = 41,
+    *,
+    block_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """Energies along the time axis of a chunk: the expert's chunk with one step moved along expert - policy.
+
+    Where a row of the picture is flat, an error at that step is not seen; where its valley is not at 1, the head
+    prefers another action there.
+
+    Args:
+        energy_fn: see the module; called without gradient.
+        policy, expert: `(B,H,A)`, normalised.
+        extent: how far a step is moved past the two, 0 or more.
+        resolution: R, places of each step, at least 2.
+        block_size: as in `plane_slice`.
+
+    Returns:
+        `xs (R,)`: 0 is the policy's action at that step, 1 the expert's; and energies `(B,H,R)`, fp32: `[b,h,i]` is of
+        the expert's chunk with its step h at `xs[i]`.
+
+    Raises:
+        ValueError: the shapes do not fit, or a setting is out of its range.
+    """
+    if policy.ndim != 3 or policy.shape != expert.shape:
+        raise ValueError(f"policy {tuple(policy.shape)}, expert {tuple(expert.shape)}: expected equal (B,H,A)")
+    if not 0 <= extent < math.inf:
+        raise ValueError(f"extent={extent}: expected a finite number, 0 or more")
+    for name, value, least in (("resolution", resolution, 2), ("block_size", block_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: expected {least} or more")
+    with torch.no_grad():
+        policy, expert = policy.float(), expert.float()
+        horizon = expert.shape[1]
+        xs = torch.linspace(-extent, 1 + extent, resolution, device=policy.device)
+        # (H,R,H): step h alone is moved, by x - 1 times the way from the policy's action to the expert's.
+        moved = torch.eye(horizon, device=policy.device)[:, None] * (xs - 1)[None, :, None]
+        blocks = []
+        for block in moved.flatten(0, 1).split(block_size):
+            blocks.append(
+                _score(energy_fn, expert[:, None] + block[None, ..., None] * (expert - policy)[:, None]).float()
+            )
+    return xs, torch.cat(blocks, 1).unflatten(1, (horizon, resolution))
+
+
 def plot_slice(slice: Slice, row: int, axis: Axes, title: str = "") -> None:
     """Draws one row of a slice on a matplotlib axis (extra `native`): filled contours, policy, expert, lowest point.
 

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+BANDS = (0.0, 0.02, 0.05, 0.1, 0.3)
+"""Lower ends of the bands of distance to the expert in which ranking is told; normalised units."""
+
 
 def chunk_distance(actions: Tensor, expert: Tensor) -> Tensor:
     """Mean absolute difference `(B,N)` of `actions (B,N,H,A)` to `expert (B,H,A)`, fp32, normalised units."""
@@ -49,6 +52,28 @@ def wins_and_pairs(energies: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     positive, negative, counted = energies[:, :1], energies[:, 1:], valid[:, 1:]
     score = (positive < negative).float() + 0.5 * (positive == negative).float()
     return (score * counted).sum(), counted.sum()
+
+
+def pairs_by_band(scores: Tensor, distances: Tensor, usable: Tensor) -> dict[str, tuple[float, float]]:
+    """How well near candidates are told apart, and how well far ones: counts of pairs by band of distance, see `BANDS`.
+
+    Args:
+        scores: `(B,N)`, lower is better.
+        distances: `(B,N)` to the expert.
+        usable: `(B,N)` bool; pairs with another candidate are left out.
+
+    Returns:
+        `from_{low}` -> pairs whose scores are in the order of their distances (a tie is half a pair), and all pairs;
+        the nearer one's distance is in the band. Pairs of equal distance have no order.
+    """
+    nearer = distances[:, :, None] < distances[:, None, :]
+    nearer &= usable[:, :, None] & usable[:, None, :]
+    right = (scores[:, :, None] < scores[:, None, :]).double() + 0.5 * (scores[:, :, None] == scores[:, None, :])
+    counts = {}
+    for low, high in zip(BANDS, (*BANDS[1:], math.inf), strict=True):
+        pairs = nearer & ((distances >= low) & (distances < high))[:, :, None]
+        counts[f"from_{low:g}"] = (float(right[pairs].sum()), float(pairs.sum()))
+    return counts
 
 
 def success_auc(energies: Tensor, success: Tensor, valid: Tensor) -> Tensor:

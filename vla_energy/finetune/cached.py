@@ -112,7 +112,8 @@ class CachedTraining:
         """Metrics on the held-out cache, see `evaluate`; all of its frames."""
         assert self.held_out is not None
         frames = HeldOutFrames()
-        results = summarise(self.head, self._held_out(frames), frames, self.cache.statistics, self.config)
+        held_out, run = self._held_out(frames), self.config.run_dir
+        results = summarise(self.head, held_out, frames, self.cache.statistics, self.config, run)
         self.gate = results.get("gate")
         return results
 

@@ -52,7 +52,8 @@ class FinetuneConfig:
         use_lora, lora_rank, lora_dropout: False trains every weight.
         merge_lora_during_training: checkpoints hold merged weights, ready to load; False keeps the adapters only
             in the training state.
-        wandb_entity, wandb_project: W&B; empty is off. TensorBoard and metrics.jsonl are always written.
+        wandb_entity, wandb_project: W&B; empty is off. TensorBoard and metrics.jsonl are always written. The
+            environment variable TRACKIO_PROJECT=NAME starts Trackio.
         run_id_note, run_id_override: name of the run.
         wandb_log_freq: steps between two rows of metrics.
         energy_warm_steps: optimiser steps in which the head's learning rate rises.

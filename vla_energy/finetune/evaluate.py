@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vla_energy.data import RldsDataset
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.diffusion import observe
 from vla_energy.finetune.setup import Job, autocast
+from vla_energy.finetune.shapes import FirstBatch, halves, write_shapes
 from vla_energy.head import EnergyHead
 from vla_energy.monitors import Batch, RankingReport, evaluate_ranking
 from vla_energy.rerank import choose
@@ -35,22 +37,36 @@ class HeldOutFrames:
     def __init__(self) -> None:
         self.errors: list[torch.Tensor] = []
         self.episodes: list[torch.Tensor] = []
+        self.places: list[tuple[str, int]] = []
 
-    def add(self, errors: torch.Tensor, episodes: np.ndarray) -> None:
-        """Errors `(B,H,A)` and episodes `(B,)` of a batch."""
+    def add(
+        self, errors: torch.Tensor, episodes: np.ndarray, tasks: Sequence[str] = (), steps: Sequence[int] = ()
+    ) -> None:
+        """Errors `(B,H,A)` and episodes `(B,)` of a batch; where they are known, its instructions and steps."""
         self.errors.append(errors.mean(dim=(1, 2)).cpu())
         self.episodes.append(torch.tensor(episodes))
+        count = len(episodes)
+        self.places += zip(tasks or [""] * count, steps if len(steps) else [-1] * count, strict=True)
 
 
-def evaluate(job: Job, split: RldsDataset, head: EnergyHead | None, config: FinetuneConfig) -> dict[str, Any]:
+def evaluate(
+    job: Job, split: RldsDataset, head: EnergyHead | None, config: FinetuneConfig, shapes_to: Path | None = None
+) -> dict[str, Any]:
     """Metrics over a held-out split, for at most `val_time_limit` seconds.
+
+    Args:
+        job: the policy.
+        split: held out.
+        head: None measures the policy alone.
+        config: of the run.
+        shapes_to: a folder that gets `shapes.json`, the pictures' numbers, see `shapes`; needs a head.
 
     Returns:
         `finetune`: `l1_val` (normalised units) and `frames`; with a head also `energy` and `rerank`, see
         `monitors.RankingReport`, and `gate`, see `calibrated_gate`.
     """
     frames = HeldOutFrames()
-    return summarise(head, held_out(job, split, config, frames), frames, job.statistics, config)
+    return summarise(head, held_out(job, split, config, frames), frames, job.statistics, config, shapes_to)
 
 
 def summarise(
@@ -59,23 +75,27 @@ def summarise(
     frames: HeldOutFrames,
     statistics: DatasetStatistics,
     config: FinetuneConfig,
+    shapes_to: Path | None = None,
 ) -> dict[str, Any]:
     """What `evaluate` returns, of batches that add to `frames` as they are drawn."""
-    report = None
+    report, first = None, FirstBatch(batches)
     if head is None:
-        for _ in batches:
+        for _ in first:
             pass
     else:
         gripper = [dim for dim, normalised in enumerate(statistics.action.mask) if not normalised]
         generator = torch.Generator().manual_seed(config.seed)
         report = evaluate_ranking(
-            head, batches, config.energy, generator, gripper_dims=gripper, scale=noise_scale(statistics)
+            head, first, config.energy, generator, gripper_dims=gripper, scale=noise_scale(statistics)
         )
     errors = torch.cat(frames.errors)
     result: dict[str, Any] = {"finetune": {"l1_val": float(errors.mean()), "frames": len(errors)}}
     if report is not None:
         result.update(energy=report.metrics["energy"], rerank=report.metrics["rerank"])
-        result["gate"] = calibrated_gate(report, torch.cat(frames.episodes))
+        episodes = torch.cat(frames.episodes)
+        result["gate"] = calibrated_gate(report, episodes)
+        if shapes_to is not None and head is not None:
+            write_shapes(shapes_to, head, first, frames.places, report, episodes, result["gate"]["margin"])
     return result
 
 
@@ -93,8 +113,7 @@ def calibrated_gate(report: RankingReport, episodes: torch.Tensor) -> dict[str, 
         `margin` (None: the gate stays shut), and on the other half `frames`, `accepted` (share), `worse` (share of
         the accepted that are worse than the policy's chunk; None if none is accepted), `l1_policy`, `l1_gated`.
     """
-    _, rank = episodes.unique(return_inverse=True)
-    ours, rest = rank % 2 == 0, rank % 2 == 1
+    ours, rest = halves(episodes)
     if not rest.any():
         return {"margin": None, "frames": 0}
     margin = calibrate_margin(report.energies[ours], report.distances[ours], RISK, episodes=episodes[ours])
@@ -127,7 +146,8 @@ def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: HeldO
             with torch.no_grad(), autocast(config, job.device):
                 output = job.vla(batch, "normed" if config.energy.negatives.layer_exits.normed else "raw")
         assert output.layer_actions is not None
-        frames.add((output.actions.float() - batch["actions"]).abs(), raw["episode"])
+        errors = (output.actions.float() - batch["actions"]).abs()
+        frames.add(errors, raw["episode"], list(raw["instructions"]), raw["step"].tolist())
         seen = (output.context.float(), output.context_mask, batch["actions"], output.layer_actions.float())
         if output.token_logits is not None and count:
             drawn = (count, candidates.sample_temperature, generator)

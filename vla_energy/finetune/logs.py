@@ -1,37 +1,43 @@
-"""Where metrics go: `metrics.jsonl` always, TensorBoard beside it, W&B if a project is named."""
+"""Where metrics go: `metrics.jsonl` always, and the trackers beside it."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
-from typing import Any
+from dataclasses import asdict
 
 from vla_energy.checkpoint import CheckpointError, atomic_write
-from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.trackers import Guarded, wanted_trackers
+from vla_energy.rollout.summary import versions
+
+SETTINGS = "settings.json"
+"""File in a run's folder: its `flags`, and the `versions` of Python and packages; for people and the report."""
 
 
 class MetricLog:
     """Writes rows of scalars; a context manager.
 
     Args:
-        config: its `run_dir` gets `metrics.jsonl` and TensorBoard's events.
+        config: its `run_dir` gets `metrics.jsonl`, `SETTINGS` and TensorBoard's events; see `trackers` for the others.
         step: rows after this step are dropped from an existing `metrics.jsonl`, as a resumed run writes them anew.
 
     Raises:
-        FlagError: a W&B project is named and wandb is not installed.
+        FlagError: W&B or Trackio is asked for and not installed.
         CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written.
     """
 
     def __init__(self, config: FinetuneConfig, step: int) -> None:
         self._path = config.run_dir / "metrics.jsonl"
-        self._wandb = self._start_wandb(config)
+        settings = {"flags": asdict(config), "versions": versions()}
+        wanted = wanted_trackers(config, settings, step)  # raises before anything is written
         kept = self._kept(step) if config.resume else []
         # Whole or not at all: a kill while this is written must not lose the rows of the steps before.
         atomic_write(self._path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter
-        self._tensorboard = writer(str(config.run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        text = json.dumps(settings, indent=1, default=str) + "\n"
+        atomic_write(config.run_dir / SETTINGS, lambda file: file.write(text.encode()))
+        self._trackers = [Guarded(name, start, config.run_dir) for name, start in wanted.items()]
 
     def _kept(self, step: int) -> list[bytes]:
         """Rows up to `step`; of a killed run the last one may be torn, and is of a step that is taken again."""
@@ -57,28 +63,13 @@ class MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row; values that are not finite become null in the file, as JSON has no NaN."""
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
-        for key, value in metrics.items():
-            self._tensorboard.add_scalar(key, value, step)
-        if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
-
-    @staticmethod
-    def _start_wandb(config: FinetuneConfig) -> Any:
-        if not config.wandb_project:
-            return None
-        try:
-            wandb = importlib.import_module("wandb")
-        except ImportError as error:
-            raise FlagError("--wandb_project is set but wandb is not installed: pip install wandb") from error
-        return wandb.init(
-            entity=config.wandb_entity or None, project=config.wandb_project, name=f"ft+{config.run_dir.name}"
-        )
+        for tracker in self._trackers:
+            tracker.log(metrics, step)

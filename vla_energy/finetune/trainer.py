@@ -181,7 +181,7 @@ class Trainer:
     def validate(self) -> dict[str, Any]:
         """Metrics on the held-out split; see `evaluate`."""
         assert self.held_out is not None
-        results = evaluate(self.job, self.held_out, self.head, self.config)
+        results = evaluate(self.job, self.held_out, self.head, self.config, shapes_to=self.config.run_dir)
         self.gate = results.get("gate")
         return results
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vla_energy.calibrate import calibrate_margin
+from vla_energy.calibrate import calibrate_margin, margin_curve
 from vla_energy.config import RerankConfig
 from vla_energy.preflight.measure import Measured, ModeRecord
 
@@ -73,6 +74,18 @@ def calibrate(measured: Measured, record: ModeRecord, rows: Tensor, config: Rera
     return calibrate_margin(
         energies[rows], distances[rows], config.risk, tolerance=tolerance, episodes=measured.episodes[rows]
     )
+
+
+def gate_curve(measured: Measured, record: ModeRecord, margin: float, rows: Tensor) -> dict[str, Any]:
+    """`calibrate.margin_curve` of the mode on the frames `rows` (bool), with the policy's L1 and the margin `chosen`.
+
+    A gate that stays shut has no margin: `chosen` is None.
+    """
+    energies = torch.stack([torch.zeros_like(record.gain), -record.gain], 1)
+    distances = torch.stack([measured.policy_error, record.error], 1)
+    curve = margin_curve(energies[rows], distances[rows])
+    chosen = margin if np.isfinite(margin) else None
+    return {**curve, "l1_policy": float(measured.policy_error[rows].mean()), "chosen": chosen}
 
 
 def effect(measured: Measured, record: ModeRecord, margin: float, rows: Tensor) -> Effect:

@@ -12,11 +12,8 @@ from torch import Tensor
 
 from vla_energy.candidates import Source, source_report
 from vla_energy.finetune.frames import PolicyFrames
-from vla_energy.measures import chunk_distance, spearman
+from vla_energy.measures import chunk_distance, pairs_by_band, spearman
 from vla_energy.modes import Advisor, Frame, Proposal
-
-BANDS = (0.0, 0.02, 0.05, 0.1, 0.3)
-"""Lower ends of the bands of distance to the expert in which ranking is told; normalised units."""
 
 
 @dataclass
@@ -32,7 +29,7 @@ class ModeRecord:
         sources: `source_report` of the candidates, averaged over batches.
         spearman: of scores and distances, averaged over frames; None where nothing is scored.
         bands: share of ordered pairs of candidates whose scores are in the order of their distances, by the band of the
-            nearer one; see `BANDS`.
+            nearer one; see `measures.BANDS`.
     """
 
     error: Tensor
@@ -75,7 +72,7 @@ class _Parts:
     seconds: float = 0.0
     sources: list[dict[str, dict[str, float]]] = field(default_factory=list)
     spearman: list[tuple[float, int]] = field(default_factory=list)
-    pairs: dict[str, Tensor] = field(default_factory=dict)
+    pairs: dict[str, Any] = field(default_factory=dict)
 
     def add(self, frames: PolicyFrames, proposal: Proposal, policy_error: Tensor) -> None:
         error = _l1(proposal.actions, frames.expert)
@@ -89,20 +86,10 @@ class _Parts:
             if complete.any():
                 value = float(spearman(proposal.scores[complete], distances[complete]))
                 self.spearman.append((value, int(complete.sum())))
-            self._rank(proposal.scores, distances, usable)
+            for band, counts in pairs_by_band(proposal.scores, distances, usable).items():
+                self.pairs[band] = self.pairs.get(band, 0.0) + torch.tensor(counts, dtype=torch.float64)
         for name, part in (("error", error), ("gain", proposal.gain), ("oracle", best), ("nearest", proposal.nearest)):
             getattr(self, name).append(part)
-
-    def _rank(self, scores: Tensor, distances: Tensor, usable: Tensor) -> None:
-        nearer = distances[:, :, None] < distances[:, None, :]
-        nearer &= usable[:, :, None] & usable[:, None, :]
-        right = (scores[:, :, None] < scores[:, None, :]).double() + 0.5 * (scores[:, :, None] == scores[:, None, :])
-        ends = (*BANDS[1:], float("inf"))
-        for low, high in zip(BANDS, ends, strict=True):
-            pairs = nearer & ((distances >= low) & (distances < high))[:, :, None]
-            name = f"from_{low:g}"
-            tally = torch.stack([right[pairs].sum(), pairs.sum().double()])
-            self.pairs[name] = self.pairs.get(name, torch.zeros(2, dtype=torch.float64)) + tally
 
     def record(self) -> ModeRecord:
         error, gain, oracle, nearest = (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vla_energy.config import RerankConfig
 from vla_energy.modes import split_arm
-from vla_energy.preflight.effects import Effect, calibrate, effect, halves
+from vla_energy.preflight.effects import Effect, calibrate, effect, gate_curve, halves
 from vla_energy.preflight.measure import Measured
 from vla_energy.preflight.trials import Trials
 from vla_energy.preflight.words import reasons_of, uncounted_trials, unseen_trials
@@ -40,7 +40,7 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
 
     Returns:
         `gates` {mode: margin}, shut where the mode is not worth using; `modes` {mode: effect (behind the calibrated
-        margin), spearman, bands, sources, ms}; `tasks` {instruction: {use, effects, trials or None}}; `policy`
+        margin), spearman, bands, curve, sources, ms}; `tasks` {instruction: {use, effects, trials or None}}; `policy`
         {l1, by_step, frames, episodes, forward_ms}; `verdict` {use, reasons}; `use` is
         `recommended`, by task, where an arm beat the policy in trials.
 
@@ -57,6 +57,7 @@ def judge(measured: Measured, gates_config: RerankConfig, trials: Mapping[str, T
             "effect": asdict(effects[mode]),
             "spearman": record.spearman,
             "bands": record.bands,
+            "curve": None if mode == "retrieve" else gate_curve(measured, record, gates[mode], rest),
             "sources": record.sources,
             "ms": record.milliseconds / len(measured.policy_error),
         }

@@ -1,109 +1,152 @@
-"""One self-contained HTML page about a run: curves as inline SVG, tables, the settings. No network, no script."""
+"""One self-contained HTML page about a run, or several compared. No network; a few lines of script move the footage."""
 
 from __future__ import annotations
 
 import html
-import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_energy.report.curves import PLOTS, draw, read_rows
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d6dbe0; --page: #ffffff; --card: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaee; --soft: #9aa5b1; --line: #353c44; --page: #14171a; --card: #1c2126; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
-p { color: var(--soft); margin: .3rem 0 .8rem; }
-.cards, .plots { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); }
-.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
-.card, figure { margin: 0; padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .5rem; }
-.card b { display: block; font-size: 1.4rem; font-variant-numeric: tabular-nums; } .card span { color: var(--soft); }
-figcaption { font-weight: 600; } figure svg { width: 100%; height: auto; display: block; }
-.scroll { overflow-x: auto; overflow-wrap: normal; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
-pre { padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow-x: auto;
-  font-size: .85rem; overflow-wrap: normal; } details { margin-top: 1.5rem; }
-summary { cursor: pointer; font-weight: 600; }
-"""
+from vla_energy.report import figures
+from vla_energy.report.compare import differing_settings, headlines, last_metrics
+from vla_energy.report.curves import PLOTS, draw
+from vla_energy.report.footage import footage_figure
+from vla_energy.report.landscapes import landscape_figures
+from vla_energy.report.page import cell, details, page, table
+from vla_energy.report.runs import Run
 
 
-def write_report(
-    run_dir: str | Path, metrics: Mapping[str, Any], out: str | Path, config: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes the page.
+def write_report(runs: Sequence[Run], out: str | Path) -> Path:
+    """Writes the page; what a run lacks is said on it.
 
     Args:
-        run_dir: has `metrics.jsonl`.
-        metrics: `finetune`, and optionally `energy`, `rerank`, `rollout`, `seconds`, `versions`, as in `metrics.json`.
+        runs: from `runs.read_runs`, one or more; their labels differ.
         out: the HTML file.
-        config: the run's settings.
 
     Raises:
-        FileNotFoundError, ValueError: as in `read_rows`.
+        ValueError: no run.
+        OSError: the file cannot be written.
     """
-    rows = read_rows(run_dir)
-    plots = [draw(rows, *plot) for plot in PLOTS]
-    name = html.escape(Path(run_dir).name)
+    if not runs:
+        raise ValueError("there is no run to report on")
+    title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     body = [
-        f"<h1>{name}</h1><p>Energies are lower-better; actions and L1 are in normalised units.</p>",
-        _cards(metrics),
-        f"<h2>Curves</h2><div class='plots'>{''.join(plots)}</div>",
-        _tables(metrics),
-        details("Settings", {} if config is None else config),
-        details("Versions", metrics.get("versions", {})),
-    ]
-    Path(out).write_text(page(name, body), encoding="utf-8")
+        f"<h1>{html.escape(title)}</h1><p>Energies are lower-better; actions and L1 are in normalised units.</p>",
+        _cards(runs[0]) if len(runs) == 1 else _comparison(runs),
+        _missing(runs),
+        *(_preflight(run, len(runs) > 1) for run in runs),
+        _section("Curves", [draw({run.label: run.rows for run in runs}, *plot) for plot in PLOTS], _curves_note(runs)),
+        _ranking(runs),
+        _section("Energy landscapes, held out", [part for run in runs for part in landscape_figures(run)],
+                 "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
+                 "both is what a search along the energy would find."),
+        _section("Gate", [figures.gate(run) for run in runs],
+                 "What each margin would let through, on episodes that did not set it."),
+        *(_gates(run, len(runs) > 1) for run in runs),
+        _closed_loop(runs),
+        *(footage_figure(run, number, len(runs) > 1) for number, run in enumerate(runs)),
+        *(_seconds(run) for run in runs),
+        *(details(_of("Settings", run, runs), run.settings) for run in runs),
+        *(details(_of("Versions", run, runs), run.versions) for run in runs),
+        last_metrics(runs),
+    ]  # fmt: skip
+    Path(out).write_text(page(html.escape(title), body), encoding="utf-8")
     return Path(out)
 
 
-def page(title: str, body: Sequence[str]) -> str:
-    """A whole HTML page of escaped `title` and finished parts."""
-    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width, initial-scale=1'>"
-    start = f"<!doctype html><html lang='en'><head>{head}<title>{title}</title><style>{_STYLE}</style></head>"
-    return f"{start}<body>{''.join(body)}</body></html>\n"
+def _of(name: str, run: Run, runs: Sequence[Run]) -> str:
+    return name if len(runs) == 1 else f"{name}, {html.escape(run.label)}"
 
 
-def _cards(metrics: Mapping[str, Any]) -> str:
-    finetune, energy, rerank = (metrics.get(key) or {} for key in ("finetune", "energy", "rerank"))
-    cards = [
-        ("L1 before", finetune.get("l1_val_before")),
-        ("L1 held out", finetune.get("l1_val")),
-        ("L1 reranked", rerank.get("l1_reranked")),
-        ("L1 best candidate", rerank.get("l1_oracle")),
-        ("Spearman", energy.get("spearman")),
-    ]
-    for arm, values in ((metrics.get("rollout") or {}).get("overall", {}).get("arms", {})).items():
-        cards.append((f"success, {arm}", f"{100 * values['success']:.0f}%"))
-    shown = (f"<div class='card'><b>{_cell(value)}</b><span>{html.escape(name)}</span></div>" for name, value in cards)
+def _section(title: str, plots: Sequence[str], note: str = "") -> str:
+    drawn = "".join(plots)
+    below = f"<p>{html.escape(note)}</p>" if note else ""
+    return f"<h2>{html.escape(title)}</h2>{below}<div class='plots'>{drawn}</div>" if drawn else ""
+
+
+def _cards(run: Run) -> str:
+    cards = [(name, value) for name, value in headlines(run).items() if value is not None]
+    shown = (f"<div class='card'><b>{cell(value)}</b><span>{html.escape(name)}</span></div>" for name, value in cards)
     return f"<div class='cards'>{''.join(shown)}</div>"
 
 
-def _tables(metrics: Mapping[str, Any]) -> str:
-    energy, rerank, rollout = (metrics.get(key) or {} for key in ("energy", "rerank", "rollout"))
-    rates = [(kind, f"{100 * rate:.1f}%") for kind, rate in energy.get("win_rate", {}).items()]
-    parts = [
-        "<h2>The expert against each kind of negative, held out</h2>" + table(("negative", "expert wins"), rates),
-        "<h2>Reranking, held out</h2>" + table(("measure", "value"), rerank.items()),
-        "<h2>Closed loop</h2>",
-    ]
-    if rollout:
-        parts.append("<p>Arms are paired by seed; the difference is to the first arm.</p>")
-        columns = ("task", "arm", "episodes", "success", "95% interval", "difference", "95% interval", "ms a decision")
-        parts.append(table(columns, _rollout_rows(rollout)))
+def _comparison(runs: Sequence[Run]) -> str:
+    columns = ("", *(run.label for run in runs))
+    found = [headlines(run) for run in runs]
+    names = dict.fromkeys(name for values in found for name in values)
+    rows = [(name, *(values.get(name) for values in found)) for name in names]
+    folders = table(("run", "folder"), [(run.label, str(run.folder)) for run in runs])
+    settings = differing_settings(runs)
+    told = [run.label for run in runs if run.settings]
+    if settings:
+        differ = table(("setting", *told), settings)
     else:
-        parts.append(f"<p>No rollout: {html.escape(str(metrics.get('rollout_reason') or 'not run'))}</p>")
-    if seconds := metrics.get("seconds"):
-        parts.append("<h2>Seconds</h2>" + table(("phase", "seconds"), ((k, f"{v:.1f}") for k, v in seconds.items())))
+        differ = f"<p>{'None.' if len(told) > 1 else 'Fewer than two of the runs have stored theirs.'}</p>"
+    return (
+        f"{folders}<h2>Last held-out measures</h2>{table(columns, rows)}<h2>Settings that differ</h2>{differ}"
+        "<p>Runs on different data or of different length are drawn over each other all the same.</p>"
+    )
+
+
+def _missing(runs: Sequence[Run]) -> str:
+    lines = [
+        f"<li><b>{html.escape(_of(name, run, runs))}</b>: {html.escape(why)}</li>"
+        for run in runs
+        for name, why in run.missing.items()
+    ]
+    return f"<h2>Not on this page</h2><ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def _curves_note(runs: Sequence[Run]) -> str:
+    return "" if len(runs) == 1 else "A colour a run. Win rates by kind are compared below, by their last values."
+
+
+def _preflight(run: Run, several: bool) -> str:
+    if run.preflight is None:
+        return ""
+    first, *rest = run.preflight["verdict"]["reasons"]
+    title = f"Preflight, {html.escape(run.label)}" if several else "Preflight"
+    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in rest)
+    plot = figures.effects(run)
+    drawn = f"<div class='plots'>{plot}</div>" if plot else ""
+    return f"<h2>{title}</h2><p class='verdict'>{html.escape(first)}</p><ul>{reasons}</ul>{drawn}"
+
+
+def _ranking(runs: Sequence[Run]) -> str:
+    plots = [figures.win_rates(runs), figures.bands(runs)]
+    plots += [figures.training_win_rates(runs)] if len(runs) > 1 else []
+    section = _section("Ranking, held out", plots)
+    rerank = [(run, run.metrics.get("rerank") or {}) for run in runs]
+    names = dict.fromkeys(name for _, values in rerank for name in values)
+    if names:
+        rows = [(name, *(values.get(name) for _, values in rerank)) for name in names]
+        columns = ("measure", *(["value"] if len(runs) == 1 else [run.label for run in runs]))
+        section += "<h2>Reranking, held out</h2>" + table(columns, rows)
+    return section
+
+
+def _gates(run: Run, several: bool) -> str:
+    if run.gates is None:
+        return ""
+    title = f"Calibrated gates of the checkpoint, {html.escape(run.label)}" if several else "Calibrated gates"
+    rows = [(mode, "shut" if margin is None else margin) for mode, margin in (run.gates.get("margins") or {}).items()]
+    tasks = list((run.gates.get("tasks") or {}).items())
+    chosen = table(("task", "recommended arm"), tasks) if tasks else ""
+    return f"<h3>{title}</h3>{table(('mode', 'margin'), rows)}{chosen}"
+
+
+def _closed_loop(runs: Sequence[Run]) -> str:
+    parts = ["<h2>Closed loop</h2>"]
+    plots = [figures.success(runs), figures.differences(runs)]
+    if not any(run.rollout for run in runs):
+        return parts[0] + f"<p>No rollout: {html.escape(str(runs[0].metrics.get('rollout_reason') or 'not run'))}</p>"
+    parts.append(f"<div class='plots'>{''.join(plots)}</div>")
+    columns = ("task", "arm", "episodes", "success", "95% interval", "difference", "95% interval", "ms a decision")
+    for run in runs:
+        if run.rollout is not None:
+            parts.append(f"<h3>{html.escape(run.label)}</h3>" if len(runs) > 1 else "")
+            parts.append("<p>Arms are paired by seed; the difference is to the first arm.</p>")
+            parts.append(table(columns, _rollout_rows(run.rollout)))
     return "".join(parts)
 
 
@@ -127,21 +170,9 @@ def _rollout_rows(rollout: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
             yield (*row, *paired, f"{values['milliseconds_per_decision']['mean']:.1f}")
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; its cells are escaped, numbers get four decimals."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
-    lines = ("<tr>" + "".join(f"<td>{_cell(value)}</td>" for value in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-
-
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "n/a"
-    return f"{value:.4f}" if isinstance(value, float) else html.escape(str(value))
-
-
-def details(title: str, values: Mapping[str, Any]) -> str:
-    """A folded block of settings."""
-    plain = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}  # type: ignore[arg-type]
-    text = html.escape(json.dumps(plain, indent=1, default=str))
-    return f"<details><summary>{title}</summary><pre>{text}</pre></details>" if values else ""
+def _seconds(run: Run) -> str:
+    seconds = run.metrics.get("seconds")
+    if not seconds:
+        return ""
+    rows = ((name, f"{value:.1f}") for name, value in seconds.items())
+    return f"<h2>Seconds, {html.escape(run.label)}</h2>" + table(("phase", "seconds"), rows)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vla_energy.report.html import details, page, table
+from vla_energy.report.page import details, page, table
 
 
 def write_page(result: Mapping[str, Any], out: str | Path) -> Path:

@@ -34,6 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sim", default="metaworld", help="simulator: metaworld (default), libero, or module:Class")
     parser.add_argument("--record", metavar="DIR", help="write all episodes as an RLDS dataset, DIR/NAME/1.0.0")
     parser.add_argument("--record-name", metavar="NAME", help="name of that dataset (default SIM_rollouts)")
+    parser.add_argument(
+        "--footage", metavar="FILE",
+        help="keep frames and energies of one episode (first task and seed, last arm) for vla-energy report",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
     parser.add_argument(
         "--strict",
@@ -78,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         record=args.record,
         record_name=args.record_name,
+        footage=args.footage,
     )
     if args.json:
         print(json.dumps(to_json(result), allow_nan=False))

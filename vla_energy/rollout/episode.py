@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vla_energy.actions import RawActions
+from vla_energy.rollout.footage import Footage
 from vla_energy.rollout.interface import Decision, Policy, Request, split_arm
 from vla_energy.rollout.record import Recorder
 from vla_energy.rollout.simulator import SimulatorProcess
@@ -57,7 +58,13 @@ class Episode:
         }
 
 
-def decide_and_execute(policy: Policy, running: list[Episode], settings: Settings, recorder: Recorder | None) -> None:
+def decide_and_execute(
+    policy: Policy,
+    running: list[Episode],
+    settings: Settings,
+    recorder: Recorder | None,
+    footage: Footage | None = None,
+) -> None:
     """One decision and its execution for every episode; the observation of a finished one becomes None.
 
     Raises:
@@ -69,7 +76,7 @@ def decide_and_execute(policy: Policy, running: list[Episode], settings: Setting
             episode.instruction = episode.observation.instruction
     for arm in settings.arms:
         if batch := [episode for episode in running if episode.arm == arm]:
-            _decide(policy, arm, batch)
+            _decide(policy, arm, batch, footage)
     for episode in running:
         limit = settings.step_limits[episode.simulator.task]
         decision = episode.decisions[-1]
@@ -85,7 +92,7 @@ def decide_and_execute(policy: Policy, running: list[Episode], settings: Setting
             recorder.extend(episode.trace, execution.frames, episode.decisions[-1].actions.values)
 
 
-def _decide(policy: Policy, arm: str, batch: list[Episode]) -> None:
+def _decide(policy: Policy, arm: str, batch: list[Episode], footage: Footage | None) -> None:
     """One batched call of the policy; appends a decision to each episode.
 
     Raises:
@@ -118,6 +125,9 @@ def _decide(policy: Policy, arm: str, batch: list[Episode]) -> None:
         episode.decisions.append(decision)
         episode.milliseconds.append(milliseconds / len(batch))
         episode.rows.append(len(batch))
+    if footage is not None:
+        for episode, request in zip(batch, requests, strict=True):
+            footage.add(policy, episode, request)
 
 
 def _generator(task: str, seed: int, step: int) -> torch.Generator:

@@ -25,6 +25,7 @@ from vla_energy.fallback import Fallback
 from vla_energy.fingerprint import fingerprint
 from vla_energy.gates import load_advisor
 from vla_energy.modes import Frame, replan, split_arm
+from vla_energy.rerank import scoring
 from vla_energy.rollout.interface import Decision, Request, check_arms
 
 
@@ -126,6 +127,29 @@ class CheckpointPolicy:
             return [replace(decision, telemetry={**decision.telemetry, "fallback": 0.0}) for decision in decisions]
 
         return self.fallback(attempt, own, f"arm {arm}")
+
+    @torch.no_grad()
+    def energies(self, request: Request, decision: Decision) -> tuple[float, float] | None:
+        """Energy of the chunk that `decision` gives for `request`, and of the policy's own; lower is better.
+
+        A pass of its own, for pictures; the request's generator is left alone.
+
+        Returns:
+            None without an energy head, and of a diffusion policy, whose own chunk is a sample that is gone.
+        """
+        if self._advisor.reranker is None or self._vla.diffuses:
+            return None
+        output = self._vla.predict(self._batch([request]), "off", None)
+        own = output.actions.float()
+        # What the policy itself decides carries no memo; a plan carries its chunk.
+        memo = decision.memo
+        chosen = memo if memo is None or isinstance(memo, Tensor) else memo.chunk
+        executed = own[0] if chosen is None else chosen.to(own)
+        head = self._advisor.reranker.head
+        with scoring(head):
+            encoded = head.encode(output.context.float(), output.context_mask, own)
+            energies = head(encoded, torch.stack([executed, own[0]])[None])[0].tolist()
+        return energies[0], energies[1]
 
     def _decide(self, requests: Sequence[Request], arm: str) -> list[Decision]:
         reads_layers = arm.startswith("rerank") and self._head_config().candidates.layer_exits

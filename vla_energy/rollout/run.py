@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vla_energy.rollout.episode import Episode, decide_and_execute
+from vla_energy.rollout.footage import Footage
 from vla_energy.rollout.interface import Policy, check_arms, split_arm
 from vla_energy.rollout.record import Recorder, check_target
 from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
@@ -114,6 +115,7 @@ def run_rollouts(
     out: str | Path | None = None,
     record: str | Path | None = None,
     record_name: str | None = None,
+    footage: str | Path | None = None,
 ) -> dict[str, Any]:
     """Runs `episodes` episodes of every task with every arm, on the same seeds.
 
@@ -129,6 +131,8 @@ def run_rollouts(
         backend: simulator, see `simulator.BACKENDS`.
         out: JSON file, rewritten after every task; `"complete"` in it is false until the last.
         record: data root to write the episodes to as an RLDS dataset, see `record`; None records nothing.
+        footage: file for the frames and energies of one episode, see `footage`: of the first task, the last arm and the
+            first seed.
         record_name: the dataset's name, by default `metaworld_rollouts`, `libero_rollouts`, or else `rollouts`.
 
     Returns:
@@ -149,9 +153,11 @@ def run_rollouts(
     name = None if record is None else check_target(record, record_name, backend)
     settings = settings.resolve()
     settings.validate_policy(policy)
+    first = seed + EVALUATION_SEED_OFFSET
+    kept = None if footage is None else Footage(footage, settings.tasks[0], settings.arms[-1], first)
     _say_shut(settings.arms, policy.metadata)
     start = time.perf_counter()
-    meta = {"checkpoint": policy.metadata, "versions": versions(), "first_episode_seed": seed + EVALUATION_SEED_OFFSET}
+    meta = {"checkpoint": policy.metadata, "versions": versions(), "first_episode_seed": first}
     records: list[dict[str, Any]] = []
     result: dict[str, Any] = {}
     total = len(settings.tasks) * len(settings.arms) * episodes
@@ -165,7 +171,7 @@ def run_rollouts(
         bar = stack.enter_context(tqdm(total=total, disable=None, unit="episode"))
         for index, task in enumerate(settings.tasks, start=1):
             bar.set_description(task)
-            records += _run_task(policy, task, settings, bar, recorder)
+            records += _run_task(policy, task, settings, bar, recorder, kept)
             if recorder is not None:
                 recorder.finish_task()
             meta["seconds"] = time.perf_counter() - start
@@ -196,7 +202,7 @@ def _order(settings: Settings) -> Iterator[tuple[str, int]]:
 
 
 def _run_task(
-    policy: Policy, task: str, settings: Settings, bar: tqdm, recorder: Recorder | None
+    policy: Policy, task: str, settings: Settings, bar: tqdm, recorder: Recorder | None, footage: Footage | None
 ) -> list[dict[str, Any]]:
     """Records of all episodes of one task, sorted by seed, then by arm as given."""
     waiting = deque(_order(settings))
@@ -212,13 +218,15 @@ def _run_task(
             for episode in started:
                 episode.observation = episode.simulator.answer()
             running += started
-            decide_and_execute(policy, running, settings, recorder)
+            decide_and_execute(policy, running, settings, recorder, footage)
             finished = [episode for episode in running if episode.observation is None]
             running = [episode for episode in running if episode.observation is not None]
             idle = [episode.simulator for episode in finished]
             records += [episode.record() for episode in finished]
-            if recorder is not None:
-                for episode in finished:
+            for episode in finished:
+                if footage is not None:
+                    footage.finish(episode)
+                if recorder is not None:
                     recorder.add(episode.trace, task, episode.seed, episode.arm, episode.success)
             bar.update(len(finished))
     return sorted(records, key=lambda record: (record["seed"], settings.arms.index(record["arm"])))

@@ -1,0 +1,234 @@
+"""What a run's folder holds for the report, and what it lacks; nothing of it needs the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
+"""Files in a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`),
+frames of one episode (`rollout.footage`)."""
+
+_GATES = "energy_gates.json"
+_LABEL = 20
+
+
+class ReportError(ValueError):
+    """A folder or file cannot be reported on; the message names it."""
+
+
+@dataclass
+class Run:
+    """One run.
+
+    Attributes:
+        folder: as it was named.
+        rows: of `metrics.jsonl`, in order.
+        metrics: held-out measures as in the demo's `metrics.json`; else rebuilt from the last validation in `rows`.
+        settings: flags of the run.
+        versions: of Python and packages.
+        rollout: as in `rollout.summary`, None without.
+        preflight: as `preflight.verdict.judge` gives it, None without.
+        gates: `margins` and `tasks` of the checkpoint, None where preflight has written none.
+        shapes: see `finetune.shapes`, None without.
+        footage: see `rollout.footage`, None without.
+        missing: what is not there -> what would make it.
+        label: short, different from that of the other runs on the page.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, Any] = field(default_factory=dict)
+    rollout: dict[str, Any] | None = None
+    preflight: dict[str, Any] | None = None
+    gates: dict[str, Any] | None = None
+    shapes: dict[str, Any] | None = None
+    footage: dict[str, Any] | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    label: str = ""
+
+    def last(self) -> dict[str, float | None]:
+        """The last value of every metric of `rows`; None where that was not finite."""
+        values: dict[str, float | None] = {}
+        for row in self.rows:
+            values.update({key: value for key, value in row.items() if key != "step"})
+        return values
+
+
+def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of a run's `metrics.jsonl`, in order.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a line is no JSON object with a step; the message names file and line.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {run_dir} is not the folder of a fine-tuning run")
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
+    return rows
+
+
+def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: str | Path | None = None) -> Run:
+    """Reads a run's folder, or that of one of its checkpoints: then the run's files are looked for beside it.
+
+    Args:
+        folder: of a run (`metrics.jsonl` in it) or of a checkpoint (`latest` in a run, or `RUN--{step}_chkpt`).
+        preflight: `preflight.json` or the folder it is in, where it is not in the run's.
+        rollout: results of `vla-energy rollout`, where they are not `rollout.json` in the run's folder.
+
+    Raises:
+        ReportError: the folder is not there, holds nothing of a run, or a file is damaged.
+        ValueError: as in `read_rows`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ReportError(f"{folder} is not a folder: name a run's, such as runs/demo, or a checkpoint's")
+    places = _places(folder)
+    home = next((place for place in places if (place / "metrics.jsonl").is_file()), None)
+    run = Run(folder, label=folder.name if folder.name != "latest" else f"{folder.parent.name}/latest")
+    if home is None:
+        where = " or ".join(str(place) for place in places)
+        run.missing["curves and settings"] = f"no metrics.jsonl in {where}: it is written while a run trains"
+    else:
+        run.rows = read_rows(home)
+    found = {name: _find(places, name) for name in ("metrics.json", "rollout.json", "preflight.json", SETTINGS)}
+    found |= {name: _find(places, name) for name in (SHAPES, FOOTAGE)}
+    gates = _find([*places, *_checkpoints(home or folder)], _GATES)
+    if not any((*found.values(), home, gates, preflight, rollout)):
+        raise ReportError(
+            f"{folder} holds none of metrics.jsonl, {', '.join(found)}, {_GATES}: nothing to report on; name the "
+            "folder of a run of scripts/finetune_energy.py, vla-energy train-head or the demo"
+        )
+    given = {"preflight.json": _file(preflight, "preflight.json"), "rollout.json": _file(rollout, "rollout.json")}
+    texts = {name: _read(given.get(name) or path) for name, path in found.items()}
+    run.metrics = texts["metrics.json"] or _from_rows(run.rows)
+    stored = texts[SETTINGS] or {}
+    run.settings, run.versions = stored.get("flags", {}), stored.get("versions") or run.metrics.get("versions", {})
+    run.rollout = texts["rollout.json"] or run.metrics.get("rollout")
+    run.preflight, run.shapes, run.footage = texts["preflight.json"], texts[SHAPES], texts[FOOTAGE]
+    run.gates = _read(gates)
+    _tell_missing(run)
+    return run
+
+
+def read_runs(
+    folders: Sequence[str | Path], preflight: Sequence[str | Path] = (), rollout: Sequence[str | Path] = ()
+) -> list[Run]:
+    """`read_run` of each, with labels that differ; the n-th of `preflight` and of `rollout` is of the n-th folder.
+
+    Raises:
+        ReportError: as in `read_run`; a folder comes twice, or there are more files than folders.
+    """
+    resolved = [Path(folder).resolve() for folder in folders]
+    if twice := sorted({str(path) for path in resolved if resolved.count(path) > 1}):
+        raise ReportError(f"named twice: {', '.join(twice)}")
+    for flag, files in (("--preflight", preflight), ("--rollout", rollout)):
+        if len(files) > len(folders):
+            raise ReportError(f"{flag} is given {len(files)} times for {len(folders)} runs: the n-th is of the n-th")
+    at = lambda files, index: files[index] if index < len(files) else None  # noqa: E731
+    runs = [read_run(folder, at(preflight, n), at(rollout, n)) for n, folder in enumerate(folders)]
+    names = [run.label for run in runs]
+    if len(set(names)) < len(names) or max(map(len, names), default=0) > _LABEL:
+        for number, run in enumerate(runs):
+            cut = run.label if len(run.label) <= _LABEL else run.label[: _LABEL - 1] + "…"
+            run.label = cut if len(runs) == 1 else f"{chr(ord('A') + number % 26)} {cut}"
+    return runs
+
+
+def _places(folder: Path) -> list[Path]:
+    """The folder itself, and if it is a checkpoint's the run's."""
+    if folder.resolve().name == "latest":
+        return [folder, folder.resolve().parent]
+    name, mark, step = folder.resolve().name.rpartition("--")
+    if mark and step.endswith("_chkpt"):
+        return [folder, folder.resolve().with_name(name)]
+    return [folder]
+
+
+def _checkpoints(home: Path) -> list[Path]:
+    """Checkpoint folders of a run, newest first."""
+    numbered = home.resolve().parent.glob(f"{home.resolve().name}--*_chkpt")
+    steps = {path: path.name.rpartition("--")[2].removesuffix("_chkpt") for path in numbered}
+    order = sorted((int(step), path) for path, step in steps.items() if step.isdecimal())
+    return [home / "latest", *(path for _, path in reversed(order))]
+
+
+def _find(places: Sequence[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _file(given: str | Path | None, name: str) -> Path | None:
+    if given is None:
+        return None
+    path = Path(given)
+    path = path / name if path.is_dir() else path
+    if not path.is_file():
+        raise ReportError(f"{path} is not there")
+    return path
+
+
+def _read(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ReportError(f"{path} is damaged ({error}): delete it, or write it anew") from error
+    if not isinstance(data, dict):
+        raise ReportError(f"{path} holds {type(data).__name__}, not an object: is it the file that is meant?")
+    return data
+
+
+def _from_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The last validation's `val/a/b` scalars, nested again."""
+    nested: dict[str, Any] = {}
+    for row in rows:
+        for key, value in row.items():
+            if not key.startswith("val/"):
+                continue
+            *path, name = key.split("/")[1:]
+            level = nested
+            for part in path:
+                level = level.setdefault(part, {})
+            level[name] = value
+    return nested
+
+
+def _tell_missing(run: Run) -> None:
+    name = run.folder
+    if run.rows and not run.metrics.get("energy"):
+        run.missing["held-out ranking"] = "no validation of a head in metrics.jsonl: train with --use_val_set True"
+    if run.rows and not run.settings:
+        run.missing["settings"] = f"no {SETTINGS}: the run was made by an older version"
+    if run.shapes is None:
+        run.missing["landscapes and the gate's curve"] = (
+            f"no {SHAPES}: written at the end of a run with --use_val_set True and an energy head"
+        )
+    if run.preflight is None:
+        run.missing["preflight"] = f"no preflight.json: vla-energy preflight ... --out {name}, or --preflight FILE"
+    if run.rollout is None:
+        reason = run.metrics.get("rollout_reason")
+        run.missing["closed loop"] = (
+            f"no rollout.json{f' ({reason})' if reason else ''}: vla-energy rollout ... --out "
+            + (f"{name}/rollout.json, or --rollout FILE")
+        )
+    if run.footage is None:
+        run.missing["frames of an episode"] = f"no {FOOTAGE}: vla-energy rollout ... --footage {name}/{FOOTAGE}"
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
