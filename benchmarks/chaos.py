@@ -31,6 +31,13 @@ def run_faults(args: argparse.Namespace) -> dict[str, Any]:
     return faults(args.steps, args.each, say=lambda result: _keep(args.out / "faults.json", result))
 
 
+def run_soak(args: argparse.Namespace) -> dict[str, Any]:
+    """A long run, watched."""
+    from chaos_soak import soak
+
+    return soak(args.minutes, args.out / "soak", say=lambda result: _keep(args.out / "soak.json", result))
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -39,14 +46,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     faults = parts.add_parser("faults", help="head steps on broken numbers")
     faults.add_argument("--steps", type=int, default=100_000)
     faults.add_argument("--each", type=int, default=5_000, help="steps a training")
+    soak = parts.add_parser("soak", help="memory, file handles and step time of a long run")
+    soak.add_argument("--minutes", type=float, default=120.0)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a part; the exit code."""
     args = parse(argv)
-    result = {"faults": run_faults}[args.part](args)
-    print(json.dumps(result, indent=1))
+    result = {"faults": run_faults, "soak": run_soak}[args.part](args)
+    _keep(args.out / f"{args.part}.json", result)
+    print(json.dumps({name: value for name, value in result.items() if name != "samples"}, indent=1))
     return 0 if result["ok"] else 1
 
 
