@@ -10,10 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import chaos_soak
+from chaos_kill import flat
 from chaos_soak import Sample, trend, verdict
 
 
@@ -68,3 +70,22 @@ def test_a_process_is_looked_at_from_outside() -> None:
     assert after.handles == before.handles + 3 and before.anonymous > 2**20 and before.cpu > 0
     with pytest.raises(FileNotFoundError):
         chaos_soak.look(2**22 + 1, 0.0, 0)
+
+
+def test_states_are_equal_only_bit_for_bit() -> None:
+    state = {
+        "a": [torch.zeros(2), (1, None)],
+        "sums": {"energy/ms": 3.0},
+        "nan": float("nan"),
+        "mask": torch.ones(2) > 0,
+    }
+    same = {
+        "a": [torch.zeros(2), (1, None)],
+        "sums": {"energy/ms": 4.0},
+        "nan": float("nan"),
+        "mask": torch.ones(2) > 0,
+    }
+    assert flat(state, "s") == flat(same, "s") and len(flat(state, "s")) == 9
+    for other in (torch.tensor([0.0, -0.0]), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32), [0.0, 0.0]):
+        assert flat({**same, "a": [other, (1, None)]}, "s") != flat(state, "s")
+    assert flat({"a": {"b": 1}, "c": []}, "s") != flat({"a": {}, "c": []}, "s") != flat({"a": {}, "c": {}}, "s")
