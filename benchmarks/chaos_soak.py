@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import chaos_run
+import torch
 
 from vla_energy.durable import MANIFEST
 
@@ -37,6 +38,7 @@ class Sample:
         handles: open file descriptors.
         threads: of the process.
         cpu: seconds of CPU time so far, all threads.
+        work: seconds of CPU time of a fixed piece of work just now: what else runs on the machine makes it slower too.
     """
 
     seconds: float
@@ -46,6 +48,7 @@ class Sample:
     handles: int
     threads: int
     cpu: float
+    work: float
 
 
 def soak(minutes: float, out: Path, say: Callable[[dict[str, Any]], None] | None = None) -> dict[str, Any]:
@@ -86,6 +89,16 @@ def soak(minutes: float, out: Path, say: Callable[[dict[str, Any]], None] | None
     return _result(samples, settings.run_dir, f"exit code {code}: {log.read_text()[-2000:]}")
 
 
+def fixed_work() -> float:
+    """Seconds of CPU time for some matrix products and interpreter steps."""
+    matrix = torch.ones(256, 256)
+    started = time.thread_time()
+    for _ in range(10):
+        (matrix @ matrix).softmax(1)
+        sum(value * value for value in range(10_000))
+    return time.thread_time() - started
+
+
 def look(pid: int, seconds: float, step: int) -> Sample:
     """A sample of process `pid`. Raises FileNotFoundError where it is gone."""
     process = Path("/proc") / str(pid)
@@ -101,6 +114,7 @@ def look(pid: int, seconds: float, step: int) -> Sample:
         len(os.listdir(process / "fd")),
         int(facts["Threads"]),
         sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+        fixed_work(),
     )
 
 
@@ -111,8 +125,9 @@ def verdict(samples: Sequence[Sample]) -> dict[str, Any]:
         `memory`: bytes an hour of anonymous memory with its standard error, `mib_first`, `mib_last` (medians of the
         first and last third), `within_noise` (the slope is not above two standard errors); `handles` and `threads`:
         the fewest of each third, `grows` where the last third's fewest are more: what is open only for a moment
-        does not count; `step`: seconds of CPU time a step, medians of the first and last third with standard errors,
-        `steady` (not slower by more than a tenth or two standard errors); `ok`.
+        does not count; `step`: seconds of CPU time a step, medians of the first and last third; `relative`, the same
+        in units of `fixed_work` at that time, with standard errors; `steady` (the relative time is not longer by
+        more than a tenth or two standard errors); `ok`.
 
     Raises:
         ValueError: too few samples or steps.
@@ -139,11 +154,13 @@ def _steady(first: Sequence[Sample], last: Sequence[Sample], steps: int) -> dict
     """CPU time a step of two thirds: medians over windows, and whether the last is slower by more than the noise."""
     window = min(_CYCLE, max(1, steps // 20))
     costs = [_costs(part, window) for part in (first, last)]
-    medians = [statistics.median(part) for part in costs]
-    errors = [statistics.stdev(part) / len(part) ** 0.5 for part in costs]
+    seconds, relative = ([[cost[kind] for cost in part] for part in costs] for kind in (0, 1))
+    medians = [statistics.median(part) for part in relative]
+    errors = [statistics.stdev(part) / len(part) ** 0.5 for part in relative]
     allowed = max((SLOWER - 1) * medians[0], 2 * math.hypot(*errors))
     return {
-        "cpu_seconds": medians,
+        "cpu_seconds": [statistics.median(part) for part in seconds],
+        "relative": medians,
         "standard_errors": errors,
         "windows": [len(part) for part in costs],
         "ratio": medians[1] / medians[0],
@@ -151,13 +168,15 @@ def _steady(first: Sequence[Sample], last: Sequence[Sample], steps: int) -> dict
     }
 
 
-def _costs(rows: Sequence[Sample], window: int) -> list[float]:
-    """CPU seconds a step, over windows of so many steps or the few more until the next sample."""
-    found, start = [], rows[0]
-    for row in rows[1:]:
-        if row.step - start.step >= window:
-            found.append((row.cpu - start.cpu) / (row.step - start.step))
-            start = row
+def _costs(rows: Sequence[Sample], window: int) -> list[tuple[float, float]]:
+    """CPU seconds a step, and these over the fixed work's, of windows of so many steps or the few more to a sample."""
+    found, start = [], 0
+    for index, row in enumerate(rows):
+        steps = row.step - rows[start].step
+        if steps >= window:
+            cost = (row.cpu - rows[start].cpu) / steps
+            found.append((cost, cost / statistics.fmean(other.work for other in rows[start : index + 1])))
+            start = index
     if len(found) < 2:
         raise ValueError(f"{rows[-1].step - rows[0].step} steps in a third are too few for a verdict: --minutes more")
     return found

@@ -19,16 +19,31 @@ from chaos_kill import flat
 from chaos_soak import Sample, trend, verdict
 
 
-def _samples(count: int = 300, leak: float = 0.0, handles: float = 0.0, slower: float = 0.0) -> list[Sample]:
-    """Of a run of two hours; per hour: leaked bytes, handles left open, and the part by which a step gets slower."""
+def _samples(
+    count: int = 300, leak: float = 0.0, handles: float = 0.0, slower: float = 0.0, busy: float = 0
+) -> list[Sample]:
+    """Of a run of two hours; per hour: leaked bytes, handles left open, the parts by which a step, and everything on
+    the machine, get slower.
+    """
     draw, found, cpu, step, lasting = random.Random(0), [], 0.0, 0, 0.0
     for index in range(count):
         hours = 2 * index / count
         step += 40
-        cpu += 40 * 0.1 * (1 + slower * hours) * draw.uniform(0.9, 1.1)
+        cpu += 40 * 0.1 * (1 + (slower + busy) * hours) * draw.uniform(0.9, 1.1)
         lasting = 0.9 * lasting + draw.gauss(0, 1e5)
         memory = int(700e6 + lasting + leak * hours)
-        found.append(Sample(3600 * hours, step, memory, memory, int(8 + handles * hours) + (index % 7 == 0), 12, cpu))
+        found.append(
+            Sample(
+                3600 * hours,
+                step,
+                memory,
+                memory,
+                int(8 + handles * hours) + (index % 7 == 0),
+                12,
+                cpu,
+                0.01 * (1 + busy * hours),
+            )
+        )
     return found
 
 
@@ -41,6 +56,8 @@ def test_a_run_that_is_well_passes_and_each_trouble_is_found() -> None:
     assert verdict(_samples(handles=1.5))["handles"] == {"fewest": [8, 9, 10], "most": 11, "grows": True}
     slow = verdict(_samples(slower=0.2))
     assert not slow["ok"] and not slow["step"]["steady"] and slow["step"]["ratio"] > 1.1
+    busy = verdict(_samples(busy=0.2))
+    assert busy["ok"] and busy["step"]["cpu_seconds"][1] > 1.1 * busy["step"]["cpu_seconds"][0]
     with pytest.raises(ValueError, match="14 samples are too few"):
         verdict(_samples(14))
 
