@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +137,19 @@ def save_head(
         "step": str(step),
         "extra": json.dumps(extra_metadata or {}),
     }
-    data = save(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+    data = to_bytes(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     return atomic_write(path, lambda file: file.write(data))
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on the content alone: safetensors writes metadata in any order."""
+    data = save(tensors, metadata)
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors aligns the numbers
+    return struct.pack("<Q", len(text)) + text + data[start:]
 
 
 def load_head(path: str | Path) -> LoadedHead:

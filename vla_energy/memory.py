@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, StatisticsError
-from vla_energy.checkpoint import CheckpointError, atomic_write, find_one
+from vla_energy.checkpoint import CheckpointError, atomic_write, find_one, to_bytes
 
 TOKEN_WIDTH = 8
 """Numbers a token is projected to."""
@@ -247,7 +246,7 @@ class ChunkMemory:
             "encoder": json.dumps([encoder.tokens, encoder.policy_weight, encoder.unit]),
             "statistics": json.dumps(self.statistics.to_dict()),
         }  # fmt: skip
-        data = save(self._stored(), metadata)
+        data = to_bytes(self._stored(), metadata)
         return atomic_write(path, lambda file: file.write(data))
 
     def _stored(self) -> dict[str, Tensor]:
