@@ -338,6 +338,24 @@ def test_a_policys_parts_that_unpack_to_more_than_they_are(tiny_folder: Path, tm
         load_openvla(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "state"),
+    [
+        ("proprio_projector", {"x": torch.ones(2)}),
+        ("proprio_projector", {"fc1.weight": torch.ones(2)}),
+        ("action_head", {"model.fc2.bias": torch.ones(4), "model.layer_norm1.bias": torch.ones(512)}),
+        ("action_head", {"model.fc2.bias": torch.ones(())}),
+        ("action_head", {3: torch.ones(2)}),
+    ],
+)
+def test_a_policys_parts_that_are_something_else(tiny_folder: Path, tmp_path: Path, name: str, state: Any) -> None:
+    for file in tiny_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    torch.save(state, next(tmp_path.glob(f"{name}--*")))
+    with pytest.raises(CheckpointFolderError, match=rf"{tmp_path.name}.*(action|proprio|dictionary)"):
+        load_openvla(tmp_path, use_proprio=True)
+
+
 @pytest.mark.parametrize("means", [[[0.5] * 3, [0.5] * 22], 3, [["x"]], None, [[10**400] * 3] * 2])
 def test_a_policys_image_settings_that_cannot_be(tiny_folder: Path, tmp_path: Path, means: Any) -> None:
     for file in tiny_folder.iterdir():

@@ -130,7 +130,7 @@ def load_openvla(
         config,
         action_dim=_head_action_dim(head, prefix, config, folder) if head else int(action_dim or 0),
         head_hidden_dim=len(head[f"{prefix}fc1.bias"]) if head else None,
-        proprio_dim=projector["fc1.weight"].shape[1] if projector else proprio_dim if use_proprio else None,
+        proprio_dim=_proprio_dim(projector, folder) if projector else proprio_dim if use_proprio else None,
         num_images=num_images,
         horizon=horizon,
         use_film=film is not None,
@@ -283,9 +283,16 @@ def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] 
         state = read_torch(found[0])
     except CheckpointError as error:
         raise CheckpointFolderError(str(error)) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointFolderError(f"{found[0]}: expected a dictionary of tensors")
     return {key.removeprefix(_DDP_PREFIX): value for key, value in state.items()}
+
+
+def _proprio_dim(projector: Mapping[str, Tensor], folder: Path) -> int:
+    weight = projector.get("fc1.weight")
+    if weight is None or weight.ndim != 2:
+        raise CheckpointFolderError(f"{folder}: the file proprio_projector--*_checkpoint.pt holds no proprio projector")
+    return weight.shape[1]
 
 
 def is_diffusion(head: Mapping[str, Tensor]) -> bool:
@@ -295,9 +302,8 @@ def is_diffusion(head: Mapping[str, Tensor]) -> bool:
 
 def _head_action_dim(head: dict[str, Tensor], prefix: str, config: OpenVLAConfig, folder: Path) -> int:
     try:
-        action_dim = len(head[f"{prefix}fc2.bias"])
-        width = len(head[f"{prefix}layer_norm1.bias"])
-    except KeyError as error:
+        action_dim, width, _ = (len(head[f"{prefix}{name}.bias"]) for name in ("fc2", "layer_norm1", "fc1"))
+    except (KeyError, TypeError) as error:
         raise CheckpointFolderError(
             f"{folder}: the action head is neither an L1 nor a diffusion head, it lacks {error}"
         ) from error
