@@ -50,10 +50,14 @@ def start(settings: FinetuneConfig, log: Path) -> int:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+        from vla_energy.finetune.signals import RunStoppedError
         from vla_energy.finetune.trainer import Trainer
 
-        Trainer(settings).run()
-        code = 0
+        try:
+            Trainer(settings).run()
+            code = 0
+        except RunStoppedError as error:
+            code = error.exit_code
     except BaseException:
         traceback.print_exc()
     finally:
@@ -72,5 +76,7 @@ def last_step(run: Path) -> int:
     path = run / "metrics.jsonl"
     if not path.is_file():
         return 0
-    rows = path.read_bytes().split(b"\n")[:-1]
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 65_536))
+        rows = file.read().split(b"\n")[:-1]
     return int(json.loads(rows[-1])["step"]) if rows else 0

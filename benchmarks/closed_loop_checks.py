@@ -92,7 +92,7 @@ def fingerprint_of(result: dict[str, Any]) -> str | None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
-    except ValueError as error:  # of text and of JSON
+    except (ValueError, RecursionError) as error:  # of text and of JSON
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} is no result: expected a JSON object")

@@ -12,6 +12,7 @@ import draccus
 
 from vla_energy.distributed import RankError, start
 from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.flags import parse_flags
 from vla_energy.finetune.signals import RunStoppedError
 
 
@@ -31,7 +32,7 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        config = draccus.parse(FinetuneConfig)
+        config = parse_flags()
         config.check()
         from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
 

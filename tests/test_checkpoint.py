@@ -153,3 +153,12 @@ def test_find_one(tmp_path: Path) -> None:
         find_one(tmp_path, "action_head")
     with pytest.raises(CheckpointError, match="not a folder"):
         find_one(tmp_path / "nowhere", "action_head")
+
+
+def test_the_same_content_makes_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    """Else a run that goes on after a kill would not end with the files of one that was not killed."""
+    for number in range(8):
+        again = save_head(tmp_path / f"{number}", _head(), 7, _statistics(), {"margin": 0.25, "task": "türöffnen"})
+        assert again.read_bytes() == saved.read_bytes()
+    header = saved.read_bytes()[8 : 8 + int.from_bytes(saved.read_bytes()[:8], "little")]
+    assert len(header) % 8 == 0 and next(iter(json.loads(header)["__metadata__"])) == "action_dim"

@@ -238,7 +238,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Checkpoints that were loaded; the policy is a `Walker`."""
     seen: list[str] = []
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr("vla_energy.rollout.policy.load_policy", lambda path: seen.append(path) or Walker())
+    monkeypatch.setattr("vla_energy.rollout.policy.load_policy", lambda path, strict: seen.append(path) or Walker())
     return seen
 
 

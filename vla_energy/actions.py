@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _EPSILON = 1e-8
+_LARGEST = 1e30
 _FIELDS = ("mean", "std", "min", "max", "q01", "q99")
 
 
@@ -88,13 +89,18 @@ class FieldStatistics:
         try:
             arrays = {key: np.asarray(data[key], np.float64) for key in _FIELDS}
             mask = np.asarray(data.get("mask", np.ones(arrays["q01"].shape)), bool)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise StatisticsError(f"{where}: not a list of numbers ({error})") from error
         for key, array in arrays.items():
             if array.ndim != 1 or array.shape != mask.shape or not array.size:
                 raise StatisticsError(f"{where}.{key}: shape {array.shape}, expected {mask.shape}")
             if not np.isfinite(array).all():
                 raise StatisticsError(f"{where}.{key}: not finite at dimension {int(np.argmin(np.isfinite(array)))}")
+            if (np.abs(array) > _LARGEST).any():
+                found = array[np.argmax(np.abs(array))]
+                raise StatisticsError(
+                    f"{where}.{key}: {found:g} is more than fp32 can be normalised with, {_LARGEST:g}"
+                )
         if (arrays["q01"] > arrays["q99"]).any():
             raise StatisticsError(f"{where}: q01 > q99 at dimension {int(np.argmax(arrays['q01'] > arrays['q99']))}")
         return cls(**arrays, mask=mask)
@@ -141,11 +147,16 @@ class DatasetStatistics:
         if not isinstance(data, dict) or "action" not in data:
             raise StatisticsError(f"{where}: expected an object with 'action' (and 'proprio')")
         proprio = data.get("proprio")
+        counts = [data.get(name, 0) for name in ("num_transitions", "num_trajectories")]
+        if not all(type(count) in (int, float) and 0 <= count < 2**63 for count in counts):
+            raise StatisticsError(
+                f"{where}: num_transitions and num_trajectories are {counts!r:.200}, expected numbers"
+            )
         return cls(
             FieldStatistics.from_dict(data["action"], f"{where}.action"),
             None if proprio is None else FieldStatistics.from_dict(proprio, f"{where}.proprio"),
-            int(data.get("num_transitions", 0)),
-            int(data.get("num_trajectories", 0)),
+            int(counts[0]),
+            int(counts[1]),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,8 +185,10 @@ def load_statistics(path: str | Path) -> dict[str, DatasetStatistics]:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise StatisticsError(f"{path} not found: it is written by fine-tuning beside the checkpoint") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StatisticsError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise StatisticsError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict) or not data:
         raise StatisticsError(f"{path}: expected an object with one entry a dataset")
     return {name: DatasetStatistics.from_dict(entry, f"{path}: {name}") for name, entry in data.items()}

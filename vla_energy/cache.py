@@ -125,11 +125,34 @@ class Manifest:
             data = json.loads(path.read_text())
             if (data.pop("format"), data.pop("version")) != (_FORMAT, _VERSION):
                 raise ValueError(f"expected format {_FORMAT}, version {_VERSION}")
-            return cls(**data)
-        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            manifest = cls(**data)
+            manifest._check()
+            return manifest
+        except (ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError) as error:
             raise CacheError(
                 f"{path} is damaged or of another version ({error}); delete {folder} and build it again"
             ) from error
+
+    def _check(self) -> None:
+        """Raises ValueError, KeyError or TypeError where something has a wrong type or does not fit the rest."""
+        for name in ("folder", "fingerprint", "kind"):
+            _require(isinstance(self.checkpoint[name], str), f"checkpoint.{name}", self.checkpoint[name], "a text")
+        for name in ("root", "name", "split", "fingerprint"):
+            _require(isinstance(self.dataset[name], str), f"dataset.{name}", self.dataset[name], "a text")
+        dtype, layers = self.options["dtype"], self.options["layer_exits"]
+        _require(isinstance(dtype, str) and dtype in DTYPES, "options.dtype", dtype, " or ".join(DTYPES))
+        _require(isinstance(layers, str), "options.layer_exits", layers, "a text")
+        for name in ("context_dim", "horizon", "action_dim", "num_exits"):
+            _require(_counts(self.shape[name], 1), f"shape.{name}", self.shape[name], "an integer, 1 or more")
+        _require(_counts(self.frames, 0), "frames", self.frames, "an integer, 0 or more")
+        _require(_counts(self.shard_frames, 1), "shard_frames", self.shard_frames, "an integer, 1 or more")
+        fit = isinstance(self.shards, list) and len(self.shards) == -(-self.frames // self.shard_frames)
+        _require(fit, "shards", self.shards, f"one for each {self.shard_frames} of {self.frames} frames")
+        for index, entry in enumerate(self.shards):
+            if entry is not None:
+                numbers = all(_counts(entry[name], 0) for name in ("frames", "tokens", "bytes"))
+                whole = numbers and isinstance(entry["sha256"], str) and entry["frames"] == len(self.rows(index))
+                _require(whole, f"shards[{index}]", entry, f"null, or facts of {len(self.rows(index))} frames")
 
     def differences(self, other: Manifest, *, split: bool = True) -> list[str]:
         """In what `other` was made otherwise, in words; paths do not count.
@@ -152,6 +175,15 @@ class Manifest:
                 found.append("the dataset's files")
             pairs |= {name: (getattr(self, name), getattr(other, name)) for name in ("frames", "shard_frames")}
         return found + [f"{name} ({mine}, here {theirs})" for name, (mine, theirs) in pairs.items() if mine != theirs]
+
+
+def _counts(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value!r:.100}, expected {expected}")
 
 
 def frame_bytes(tokens: float, context_dim: int, num_exits: int, horizon: int, action_dim: int, dtype: str) -> float:
@@ -221,14 +253,35 @@ class FeatureCache:
             )
         try:
             self.statistics = DatasetStatistics.from_dict(manifest.statistics, str(self.folder / MANIFEST))
-            self._shards = [_map(path) for path in paths]
             shape = manifest.shape
-            self.context_dim, self.horizon = int(shape["context_dim"]), int(shape["horizon"])
-            self.action_dim, self.num_exits = int(shape["action_dim"]), int(shape["num_exits"])
+            self.context_dim, self.horizon = shape["context_dim"], shape["horizon"]
+            self.action_dim, self.num_exits = shape["action_dim"], shape["num_exits"]
+            self._shards = [_map(path) for path in paths]
+            for path, shard, entry in zip(paths, self._shards, manifest.shards, strict=True):
+                self._check(path, shard, entry or {})
         except (SafetensorError, OSError, KeyError, ValueError, StatisticsError) as error:
             raise CacheError(f"{self.folder} cannot be read ({error}); delete it and build it again") from error
         self._first = [manifest.rows(index).start for index in range(len(paths))]
         self._starts = [torch.cumsum(shard["lengths"], 0) - shard["lengths"] for shard in self._shards]
+
+    def _check(self, path: Path, shard: dict[str, Tensor], entry: dict[str, Any]) -> None:
+        """Raises ValueError where a shard's tensors are not as the manifest says: checksums do not tell who wrote."""
+        frames, tokens, chunk = entry["frames"], entry["tokens"], (self.horizon, self.action_dim)
+        expected = {
+            "context": ((tokens, self.context_dim), DTYPES[self.manifest.options["dtype"]]),
+            "mask": ((tokens,), torch.bool),
+            "lengths": ((frames,), torch.int64),
+            "layer_actions": ((frames, self.num_exits, *chunk), torch.float32),
+            "expert": ((frames, *chunk), torch.float32),
+            "episode": ((frames,), torch.int64),
+            "step": ((frames,), torch.int64),
+        }
+        for name, (shape, dtype) in expected.items():
+            found = shard[name]
+            if tuple(found.shape) != shape or found.dtype != dtype:
+                raise ValueError(f"{path.name}: {name} is {tuple(found.shape)} {found.dtype}, expected {shape} {dtype}")
+        if bool((shard["lengths"] < 1).any()) or int(shard["lengths"].sum()) != tokens:
+            raise ValueError(f"{path.name}: the frames' lengths do not add up to {tokens} tokens")
 
     def __len__(self) -> int:
         return self.manifest.frames

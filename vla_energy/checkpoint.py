@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import secrets
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vla_energy.actions import DatasetStatistics, StatisticsError
+from vla_energy.actions import DatasetStatistics
 from vla_energy.config import EnergyConfig
 from vla_energy.head import EnergyHead
 
@@ -136,8 +137,19 @@ def save_head(
         "step": str(step),
         "extra": json.dumps(extra_metadata or {}),
     }
-    data = save(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+    data = to_bytes(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     return atomic_write(path, lambda file: file.write(data))
+
+
+def to_bytes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on the content alone: safetensors writes metadata in any order."""
+    data = save(tensors, metadata)
+    start = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as safetensors aligns the numbers
+    return struct.pack("<Q", len(text)) + text + data[start:]
 
 
 def load_head(path: str | Path) -> LoadedHead:
@@ -161,7 +173,9 @@ def load_head(path: str | Path) -> LoadedHead:
         entry = json.loads(metadata["statistics"])
         statistics = None if entry is None else DatasetStatistics.from_dict(entry)
         extra = json.loads(metadata["extra"])
-    except (ValueError, TypeError, StatisticsError) as error:
+        if config.head.num_layers > len(tensors):
+            raise ValueError(f"head.num_layers={config.head.num_layers} with {len(tensors)} tensors")
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(f"{path}: bad metadata ({error})") from error
     head = _build(path, tensors, lambda: EnergyHead(context_dim, action_dim, horizon, config))
     return LoadedHead(head, config, statistics, step, extra)
@@ -180,7 +194,7 @@ def _build(path: Path, tensors: dict[str, Tensor], make: Callable[[], EnergyHead
                 raise CheckpointError(f"{path}: weights do not fit the config stored with them: {', '.join(odd[:5])}")
             head = make()
         head.load_state_dict(tensors)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, OverflowError, MemoryError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: weights do not fit the config stored with them ({error})") from error

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -55,6 +57,7 @@ class Ranks:
         self.rank, self.world, self.device = rank, world, device
         self.traffic: Counter[str] = Counter()
         self._control, self._store = control, store
+        self._silent: list[int] = []  # ranks that have been found to be gone
 
     @property
     def is_main(self) -> bool:
@@ -183,12 +186,33 @@ class Ranks:
             raise RankError(f"{what}: the ranks' weights differ, by hash {', '.join(digests)}: this run cannot go on")
 
     def leave_word(self, error: BaseException) -> None:
-        """Tells the others why this rank ends, for those that cannot be reached by `share`."""
+        """Tells the others why this rank ends, for those that cannot be reached by `share`.
+
+        Rank 0, in whose process the store may live, stays until those that live have read what they want of it.
+        """
+        if self._store is None:
+            return
         with contextlib.suppress(RuntimeError):
-            if self._store is not None and not isinstance(error, RankError):
+            if not isinstance(error, RankError):
                 self._store.set(f"failed/{self.rank}", _words(error))
-            if self._store is not None and self.is_main:
-                time.sleep(min(3.0, _WORDS))  # the store may live in this process
+            traceback.clear_frames(error.__traceback__)
+            self._disconnect()
+            self._store.set(f"left/{self.rank}", "")
+            deadline = time.monotonic() + 3 * _WORDS
+            staying = [rank for rank in range(1, self.world) if rank not in self._silent] if self.is_main else []
+            while any(not self._store.check([f"left/{rank}"]) for rank in staying) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def _disconnect(self) -> None:
+        """Closes this rank's connections, so that those who wait for it, or for one that waits for it, notice at once.
+
+        Only gloo's: NCCL's may wait for a rank that is gone.
+        """
+        groups = [self._control] if self.device is not None and self.device.type == "cuda" else [self._control, None]
+        self._control = None
+        for group in groups:
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)
 
     def _reduce(self, kind: str, values: Tensor, operation: Any) -> Tensor:
         result = values.detach().clone()
@@ -200,6 +224,7 @@ class Ranks:
         try:
             call()
         except RuntimeError as error:
+            traceback.clear_frames(error.__traceback__)  # which hold the group, and so its connections
             raise RankError(f"{self._cause()} ({str(error).splitlines()[0]})") from error
 
     def _cause(self) -> str:
@@ -208,11 +233,13 @@ class Ranks:
         if self._store is None:
             return unknown
         others = [rank for rank in range(self.world) if rank != self.rank]
+        self._disconnect()
         deadline = time.monotonic() + _WORDS
         try:
             self._store.set(f"alive/{self.rank}", "")
             while True:
                 if self._store.check(["cause"]):
+                    self._silent = json.loads(self._store.get("silent"))
                     return self._store.get("cause").decode()
                 failed = [rank for rank in others if self._store.check([f"failed/{rank}"])]
                 silent = [rank for rank in others if not self._store.check([f"alive/{rank}"]) and rank not in failed]
@@ -222,7 +249,9 @@ class Ranks:
             words = [f"rank {rank}: {self._store.get(f'failed/{rank}').decode()}" for rank in failed]
             if silent and not failed:
                 words = [f"rank {rank} ended without a word: killed, or out of memory?" for rank in silent]
+                self._silent = silent
             cause = "; ".join(words) or unknown
+            self._store.set("silent", json.dumps(self._silent))
             self._store.set("cause", cause)
             return cause
         except RuntimeError:
@@ -279,6 +308,7 @@ def start(device: str = "auto") -> Iterator[Ranks]:
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     ranks = _active = Ranks(rank, world, place, control, PrefixStore("words", store))
+    del control  # the group lives as long as somebody holds it
     try:
         yield ranks
         ranks.share()

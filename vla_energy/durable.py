@@ -54,7 +54,7 @@ def check_seal(folder: Path) -> int | None:
         raise CheckpointError(f"{path} is damaged ({error})") from error
     for name, facts in _read(path, text)["files"].items():
         file = folder / name
-        if not file.is_file():
+        if not _is_file(file):
             raise CheckpointError(f"{file} is missing: the checkpoint is not whole")
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(
@@ -116,6 +116,13 @@ def _check_tensors(value: Any) -> None:
     elif isinstance(value, (list, tuple)):
         for item in value:
             _check_tensors(item)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file system has
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

@@ -100,7 +100,7 @@ def load_gates(folder: str | Path) -> tuple[dict[str, float], dict[str, str]]:
     try:
         data = json.loads(path.read_text())
         stored, tasks = data["margins"], data["tasks"]
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, KeyError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}); {_MEND}") from error
     for name, part in (("margins", stored), ("tasks", tasks)):
         if not isinstance(part, dict):

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, StatisticsError
-from vla_energy.checkpoint import CheckpointError, atomic_write, find_one
+from vla_energy.checkpoint import CheckpointError, atomic_write, find_one, to_bytes
 
 TOKEN_WIDTH = 8
 """Numbers a token is projected to."""
@@ -247,7 +246,7 @@ class ChunkMemory:
             "encoder": json.dumps([encoder.tokens, encoder.policy_weight, encoder.unit]),
             "statistics": json.dumps(self.statistics.to_dict()),
         }  # fmt: skip
-        data = save(self._stored(), metadata)
+        data = to_bytes(self._stored(), metadata)
         return atomic_write(path, lambda file: file.write(data))
 
     def _stored(self) -> dict[str, Tensor]:
@@ -272,12 +271,46 @@ class ChunkMemory:
                 projection, mean, basis, keys, chunks, episodes = (file.get_tensor(name) for name in _TENSORS)
             tokens, policy_weight, unit = json.loads(metadata["encoder"])
             statistics = DatasetStatistics.from_dict(json.loads(metadata["statistics"]))
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError, StatisticsError) as error:
+            encoder = KeyEncoder(projection, tokens, mean, basis, policy_weight, unit)
+            _check_stored(encoder, keys, chunks, episodes, statistics)
+        except (
+            SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError,
+            StatisticsError,
+        ) as error:  # fmt: skip
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path} is damaged or no chunk memory ({error})") from error
-        encoder = KeyEncoder(projection, tokens, mean, basis, policy_weight, unit)
         return cls(encoder, keys.float(), chunks, episodes, statistics)
+
+
+def _check_stored(
+    encoder: KeyEncoder, keys: Tensor, chunks: Tensor, episodes: Tensor, statistics: DatasetStatistics
+) -> None:
+    """Raises ValueError where the parts of a file do not fit each other, or a number cannot be."""
+    tokens, weight, unit = encoder.tokens, encoder.policy_weight, encoder.unit
+    if type(tokens) is not int or tokens < 1 or tokens * TOKEN_WIDTH != len(encoder.mean):
+        raise ValueError(f"tokens={tokens!r:.50}: expected {len(encoder.mean) / TOKEN_WIDTH:g}")
+    for name, value in (("policy_weight", weight), ("unit", unit)):
+        if type(value) not in (int, float) or not 0 <= value < 1e30 or (name == "unit" and not value):
+            raise ValueError(f"{name}={value!r:.50}: expected a number above 0")
+    frames, wide = len(chunks), encoder.basis.shape[-1]
+    if chunks.ndim != 3 or not chunks.numel():
+        raise ValueError(f"chunks are {tuple(chunks.shape)}: expected (M,H,A)")
+    expected = {
+        "projection": (encoder.projection, (len(encoder.projection), TOKEN_WIDTH), torch.float32),
+        "mean": (encoder.mean, (tokens * TOKEN_WIDTH,), torch.float32),
+        "basis": (encoder.basis, (tokens * TOKEN_WIDTH, wide), torch.float32),
+        "keys": (keys, (frames, wide + chunks.shape[1] * chunks.shape[2]), torch.float16),
+        "chunks": (chunks, tuple(chunks.shape), torch.float32),
+        "episodes": (episodes, (frames,), torch.int64),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtype}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(f"{name} has numbers that are not finite")
+    if statistics.action.dim != chunks.shape[2]:
+        raise ValueError(f"statistics of {statistics.action.dim} dimensions for chunks {tuple(chunks.shape)}")
 
 
 def check_memory(memory: ChunkMemory, horizon: int, action_dim: int, context_dim: int) -> None:

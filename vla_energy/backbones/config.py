@@ -32,8 +32,10 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise CheckpointFolderError(f"{path} not found; is {path.parent} an OpenVLA checkpoint folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointFolderError(f"{path} is not valid JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointFolderError(f"{path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointFolderError(f"{path}: expected a JSON object")
     return data
@@ -90,7 +92,16 @@ class OpenVLAConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str = "config.json") -> OpenVLAConfig:
-        """Raises CheckpointFolderError naming a missing key or an unsupported model type."""
+        """Raises CheckpointFolderError naming a missing key, a value of a wrong type or an unsupported model type."""
+        try:
+            return cls._from_dict(data, where)
+        except CheckpointFolderError:
+            raise
+        except (TypeError, ValueError, AttributeError, IndexError, KeyError, OverflowError) as error:
+            raise CheckpointFolderError(f"{where}: a value has a wrong type ({error})") from error
+
+    @classmethod
+    def _from_dict(cls, data: dict[str, Any], where: str) -> OpenVLAConfig:
         if data.get("model_type") != "openvla":
             raise CheckpointFolderError(f"{where}: model_type is {data.get('model_type')!r}, expected 'openvla'")
         try:

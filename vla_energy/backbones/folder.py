@@ -25,6 +25,8 @@ from vla_energy.backbones.film import COMPONENT, from_host, has_film, is_film, t
 from vla_energy.backbones.lora import merged_state_dict
 from vla_energy.backbones.openvla import OpenVLA
 from vla_energy.backbones.processor import Processor
+from vla_energy.checkpoint import CheckpointError
+from vla_energy.durable import read_torch
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -35,6 +37,8 @@ _PROCESSOR_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+_BLOCKS = "language_model.model.layers."
+_LARGEST_IMAGE = 2_048  # pixels
 _DDP_PREFIX = "module."
 _L1_PREFIX, _DIFFUSION_PREFIX = "model.", "noise_predictor.mlp_resnet."
 
@@ -119,18 +123,20 @@ def load_openvla(
             f"{folder} was trained with FiLM, but has no {COMPONENT}--*_checkpoint.pt: copy the checkpoint again, whole"
         )
     film = _film(folder, use_film)
-    vla = LoadedVLA(
+    weights = _to_timm(read_weights(folder))
+    _check_sizes(config, weights, folder)
+    vla = _build(
+        folder,
         config,
         action_dim=_head_action_dim(head, prefix, config, folder) if head else int(action_dim or 0),
         head_hidden_dim=len(head[f"{prefix}fc1.bias"]) if head else None,
-        proprio_dim=projector["fc1.weight"].shape[1] if projector else proprio_dim if use_proprio else None,
+        proprio_dim=_proprio_dim(projector, folder) if projector else proprio_dim if use_proprio else None,
         num_images=num_images,
         horizon=horizon,
         use_film=film is not None,
         discrete=discrete,
         diffusion=diffusion,
     )
-    weights = _to_timm(read_weights(folder))
     if film:
         weights = {key: value for key, value in weights.items() if not key.startswith("vision_backbone.")} | film
     elif film is not None:
@@ -148,6 +154,36 @@ def load_openvla(
     vla.processor = Processor.from_folder(folder, config)
     vla.statistics = statistics
     return vla.to(dtype).eval()
+
+
+def _build(folder: Path, config: OpenVLAConfig, **settings: Any) -> LoadedVLA:
+    try:
+        return LoadedVLA(config, **settings)
+    except CheckpointFolderError:
+        raise
+    except Exception as error:  # timm and transformers raise what they like on settings that cannot be
+        raise CheckpointFolderError(
+            f"{folder / 'config.json'}: no model can be built from it ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _check_sizes(config: OpenVLAConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuses a language model of other sizes than its weights before it is built: sizes may be absurd."""
+    text, where = config.text, folder / "config.json"
+    blocks = [key.removeprefix(_BLOCKS) for key in weights if key.startswith(_BLOCKS)]
+    rows = {"hidden_size": 1, "vocab_size": 0}
+    sizes = {
+        name: value.shape for key, value in weights.items() if key.endswith("embed_tokens.weight") for name in rows
+    }
+    found = {name: shape[rows[name]] for name, shape in sizes.items() if len(shape) == 2}
+    gates = [value.shape[0] for key, value in weights.items() if key.endswith("gate_proj.weight") and value.ndim == 2]
+    found |= {"intermediate_size": gates[0]} if gates else {}
+    found |= {"num_hidden_layers": len({key.split(".")[0] for key in blocks})}
+    for name, size in found.items():
+        if name in text and text[name] != size:
+            raise CheckpointFolderError(f"{where}: {name} is {text[name]!r:.50}, the weights have {size}")
+    if max(max(pair) for pair in config.image_sizes) > _LARGEST_IMAGE:
+        raise CheckpointFolderError(f"{where}: image_sizes {config.image_sizes}: expected at most {_LARGEST_IMAGE}")
 
 
 def save_openvla(
@@ -244,12 +280,19 @@ def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] 
         names = ", ".join(path.name for path in found) or "none"
         raise ComponentError(f"{folder}: need exactly one {name}--*_checkpoint.pt, found {names}")
     try:
-        state = torch.load(found[0], map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises half a dozen types for damaged files
-        raise CheckpointFolderError(f"{found[0]} is damaged or holds more than weights: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        state = read_torch(found[0])
+    except CheckpointError as error:
+        raise CheckpointFolderError(str(error)) from error
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointFolderError(f"{found[0]}: expected a dictionary of tensors")
     return {key.removeprefix(_DDP_PREFIX): value for key, value in state.items()}
+
+
+def _proprio_dim(projector: Mapping[str, Tensor], folder: Path) -> int:
+    weight = projector.get("fc1.weight")
+    if weight is None or weight.ndim != 2:
+        raise CheckpointFolderError(f"{folder}: the file proprio_projector--*_checkpoint.pt holds no proprio projector")
+    return weight.shape[1]
 
 
 def is_diffusion(head: Mapping[str, Tensor]) -> bool:
@@ -259,9 +302,8 @@ def is_diffusion(head: Mapping[str, Tensor]) -> bool:
 
 def _head_action_dim(head: dict[str, Tensor], prefix: str, config: OpenVLAConfig, folder: Path) -> int:
     try:
-        action_dim = len(head[f"{prefix}fc2.bias"])
-        width = len(head[f"{prefix}layer_norm1.bias"])
-    except KeyError as error:
+        action_dim, width, _ = (len(head[f"{prefix}{name}.bias"]) for name in ("fc2", "layer_norm1", "fc1"))
+    except (KeyError, TypeError) as error:
         raise CheckpointFolderError(
             f"{folder}: the action head is neither an L1 nor a diffusion head, it lacks {error}"
         ) from error

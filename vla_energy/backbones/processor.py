@@ -35,6 +35,7 @@ class Processor:
 
     Raises:
         CheckpointFolderError: the tokenizer's stop or empty token is not the checkpoint's.
+        ValueError: not 3 means and stds a tower.
     """
 
     def __init__(self, config: OpenVLAConfig, tokenizer: Tokenizer, means: Sequence[Any], stds: Sequence[Any]) -> None:
@@ -43,6 +44,8 @@ class Processor:
         self.image_size = config.image_sizes[0]
         self._mean = torch.tensor(means, dtype=torch.float32).reshape(-1, 1, 1)
         self._std = torch.tensor(stds, dtype=torch.float32).reshape(-1, 1, 1)
+        if not len(self._mean) == len(self._std) == 3 * len(config.image_sizes):
+            raise ValueError(f"{len(self._mean)} means and {len(self._std)} stds for {len(config.image_sizes)} towers")
         for token, wanted in ((_EMPTY_TOKEN, config.empty_token_id), (_STOP_TOKEN, STOP_ID)):
             if tokenizer.token_to_id(token) != wanted:
                 found = tokenizer.token_to_id(token)
@@ -70,6 +73,12 @@ class Processor:
             return cls(config, tokenizer, images["means"], images["stds"])
         except KeyError as error:
             raise CheckpointFolderError(f"{folder / 'preprocessor_config.json'}: missing key {error}") from error
+        except CheckpointFolderError:
+            raise
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointFolderError(
+                f"{folder / 'preprocessor_config.json'}: means and stds are not 3 numbers for each tower ({error})"
+            ) from error
 
     def prompt_ids(self, instruction: str) -> list[int]:
         """Tokens of the prompt with BOS, ending in the empty token as the policy was trained with."""

@@ -8,7 +8,7 @@ given as text.
 """
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, get_origin
 
 from vla_energy.config import checks
 from vla_energy.config.model import (
@@ -149,5 +149,7 @@ def _build(cls: Any, data: Any, where: str) -> Any:
     for name, value in data.items():
         if is_dataclass(types[name]):
             value = _build(types[name], value, f"{where}.{name}")
+        elif get_origin(types[name]) is tuple:
+            checks.require(isinstance(value, (list, tuple)), f"{where}.{name}", value, "a list")
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)

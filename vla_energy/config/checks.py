@@ -12,7 +12,10 @@ def require(condition: bool, name: str, value: Any, expected: str) -> None:
 
 def is_number(value: Any) -> bool:
     """A finite int or float that is no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an int that no float holds
+        return False
 
 
 def one_of(name: str, value: Any, known: Any) -> None:

@@ -88,7 +88,8 @@ class LossConfig:
         for name in ("distance_scale", "margin_width", "diversity_std", "log_q_width"):
             checks.positive(f"loss.{name}", getattr(self, name))
         for source in self.margin_sources:
-            known = source in (*SOURCES, "policy") or source.removeprefix("layer_exit_").isdigit()
+            exits = isinstance(source, str) and source.removeprefix("layer_exit_").isdigit()
+            known = source in (*SOURCES, "policy") or exits
             expected = f"among {', '.join(SOURCES)}, policy, layer_exit_<layer>"
             checks.require(known, "loss.margin_sources", source, expected)
         checks.count("loss.mix_steps", self.mix_steps)

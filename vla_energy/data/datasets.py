@@ -26,7 +26,7 @@ import numpy as np
 
 GRIPPERS = ("none", "libero", "bridge")
 _OPEN, _CLOSED = 0.95, 0.05  # Bridge: beyond these the gripper command is unambiguous
-_SLICED_KEY = re.compile(r"(?P<path>[^\[\]]+)(\[(?P<start>-?\d+)?:(?P<stop>-?\d+)?\])?")
+_SLICED_KEY = re.compile(r"(?P<path>[^\[\]]+)(\[(?P<start>-?\d{1,9})?:(?P<stop>-?\d{1,9})?\])?")
 
 
 class DatasetError(ValueError):
@@ -39,7 +39,7 @@ def parse_key(key: str) -> tuple[str, slice]:
     Raises:
         DatasetError: not a path with an optional slice.
     """
-    match = _SLICED_KEY.fullmatch(key)
+    match = _SLICED_KEY.fullmatch(key) if isinstance(key, str) else None
     if match is None:
         raise DatasetError(f"bad key {key!r}: expected a path such as 'state', or with a slice, 'state[:6]'")
     start, stop = (None if match[name] is None else int(match[name]) for name in ("start", "stop"))
@@ -77,16 +77,21 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if self.gripper not in GRIPPERS:
             raise DatasetError(f"gripper={self.gripper!r}: expected one of {', '.join(GRIPPERS)}")
-        if isinstance(self.proprio_keys, str):
+        if not isinstance(self.proprio_keys, (list, tuple)):
             raise DatasetError(f"proprio_keys={self.proprio_keys!r}: expected a list of keys")
         object.__setattr__(self, "proprio_keys", tuple(self.proprio_keys))
         if self.action_mask is not None:
-            if not all(isinstance(entry, bool) for entry in self.action_mask):
+            if not isinstance(self.action_mask, (list, tuple)) or not all(
+                isinstance(entry, bool) for entry in self.action_mask
+            ):
                 raise DatasetError(f"action_mask={self.action_mask!r}: expected a list of true and false")
             object.__setattr__(self, "action_mask", tuple(self.action_mask))
-        for name in ("image_key", "action_key", "language_key"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise DatasetError(f"{name}={getattr(self, name)!r}: expected a key")
+        if not isinstance(self.drop_first_step, bool):
+            raise DatasetError(f"drop_first_step={self.drop_first_step!r}: expected true or false")
+        for name in ("image_key", "action_key", "language_key", "wrist_image_key"):
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value) and (name, value) != ("wrist_image_key", None):
+                raise DatasetError(f"{name}={value!r}: expected a key")
         for key in (*self.proprio_keys, *([] if self.motion_key is None else [self.motion_key])):
             parse_key(key)
 
@@ -156,9 +161,12 @@ def dataset_config(name: str, overrides_path: str | Path | None = None) -> Datas
     entry = overrides[name]
     known = {field.name for field in fields(DatasetConfig)}
     if not isinstance(entry, dict) or not set(entry) <= known:
-        unknown = sorted(set(entry) - known) if isinstance(entry, dict) else entry
+        unknown = sorted(map(str, set(entry) - known)) if isinstance(entry, dict) else entry
         raise DatasetError(f"{overrides_path}: {name}: unknown {unknown}; the fields are {_field_names()}")
-    return replace(base or DatasetConfig(), **entry)
+    try:
+        return replace(base or DatasetConfig(), **entry)
+    except DatasetError as error:
+        raise DatasetError(f"{overrides_path}: {name}: {error}") from error
 
 
 def _field_names() -> str:

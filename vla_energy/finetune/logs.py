@@ -41,13 +41,16 @@ class MetricLog:
 
     def _kept(self, step: int) -> list[bytes]:
         """Rows up to `step`; of a killed run the last one may be torn, and is of a step that is taken again."""
-        rows = self._path.read_bytes().splitlines() if self._path.exists() else []
+        try:
+            rows = self._path.read_bytes().splitlines() if self._path.exists() else []
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be read: {error}") from error
         kept = []
         for number, row in enumerate(rows, start=1):
             try:
                 if json.loads(row)["step"] <= step:
                     kept.append(row)
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 if number < len(rows):
                     raise CheckpointError(
                         f"{self._path}: line {number} is damaged ({error}); mend or delete that line, then resume"

@@ -99,7 +99,10 @@ def read_trials(paths: Sequence[str | Path], checkpoint: Mapping[str, Any]) -> d
 
 
 def _check_arm(path: Path, arm: str, checkpoint: Mapping[str, Any]) -> None:
-    name, every = split_arm(arm)
+    try:
+        name, every = split_arm(arm)
+    except ValueError as error:
+        raise TrialsError(f"{path}: {error}") from error
     if name not in checkpoint["arms"]:
         raise TrialsError(
             f"{path}: arm {arm}, which this checkpoint cannot run; it has {', '.join(checkpoint['arms'])}"
@@ -137,7 +140,7 @@ def _read(path: Path) -> tuple[list[tuple[str, str, int, bool]], dict[str, Any]]
         ran |= {f"limit of {task}": steps for task, steps in data["settings"]["step_limits"].items()}
     except TrialsError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise TrialsError(f"{path} is no result of vla-energy rollout ({type(error).__name__}: {error})") from error
     kinds = (str, str, int, bool)
     if not rows or not all(type(value) is kind for row in rows for value, kind in zip(row, kinds, strict=True)):

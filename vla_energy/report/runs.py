@@ -72,11 +72,12 @@ def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {run_dir} is not the folder of a fine-tuning run")
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # Cut by bytes, so that text that is no UTF-8 is told with its line, too.
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
     return rows
 

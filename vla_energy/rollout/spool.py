@@ -7,7 +7,9 @@ finished tasks; and `under_way/`, those of the task under way, renamed once it i
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,7 @@ class Spool:
         """
         try:
             return json.loads((self.folder / _ABOUT).read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.folder} holds no recorded rollouts ({error})") from error
 
     def add(self, trace: Trace, metadata: dict[str, Any]) -> None:
@@ -120,19 +122,53 @@ class Spool:
         return sorted(self.folder.glob("task_*/*.npz"))
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever numpy, zipfile and zlib raise on a damaged file becomes a ValueError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); delete it and record again") from error
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The file's arrays; they are stored as they are, so a file that unpacks to more than it has is none of ours."""
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("it is compressed, which ours are not")
+    with np.load(path, allow_pickle=False) as stored:
+        return {key: stored[key] for key in stored.files}
+
+
 def load_layout(path: Path) -> Layout:
-    """The fields of a dataset with the episode in this file."""
-    with np.load(path) as stored:
-        about, action = json.loads(str(stored["about"])), stored["action"]
+    """The fields of a dataset with the episode in this file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with _reading(path):
+        return _layout(_arrays(path))
+
+
+def _layout(arrays: dict[str, np.ndarray]) -> Layout:
+    about, action = json.loads(str(arrays["about"])), arrays["action"]
     texts = [key for key, value in about["metadata"].items() if isinstance(value, str) and key != "task"]
     shapes = {key: tuple(shape) for key, shape in about["shapes"].items()}
     return Layout(shapes, action.shape[1], tuple(texts))
 
 
 def load_episode(path: Path) -> Episode:
-    """An episode in RLDS layout, images as JPEG bytes."""
-    with np.load(path) as stored:
-        arrays = {key: stored[key] for key in stored.files}
+    """An episode in RLDS layout, images as JPEG bytes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with _reading(path):
+        return _episode(_arrays(path))
+
+
+def _episode(arrays: dict[str, np.ndarray]) -> Episode:
     about = json.loads(str(arrays["about"]))
     columns = {
         key.removeprefix(_OBSERVATION): column.tolist() if column.dtype.kind == "S" else column
