@@ -35,7 +35,10 @@ def test_demo_writes_metrics_report_and_checkpoint(start: str, tmp_path: Path, c
 
     monkeypatch.setattr(demo, "SimulatorProcess", NoSimulator)
     out = tmp_path / "demo"
+    out.mkdir()
+    (out / "rollout.json").write_text("{}")  # of an earlier demo
     assert demo.main(["--out", str(out), "--steps", "2", "--vla_path", start]) == 0
+    assert not (out / "rollout.json").exists()
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["rollout"] is None and "libosmesa6" in metrics["rollout_reason"]
     assert {"l1_val", "l1_val_before"} <= metrics["finetune"].keys()

@@ -8,9 +8,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_fixture import footage, metrics, rows, write_run
+from report_fixture import footage, metrics, preflight, rollout, rows, write_run
 
 from vla_energy import cli
+from vla_energy.fingerprint import fingerprint
 from vla_energy.report.compare import differing_settings
 from vla_energy.report.curves import PLOTS, series_of
 from vla_energy.report.footage import footage_figure
@@ -56,9 +57,9 @@ def _is_whole(page: str) -> None:
     assert len(parser.ids) == len(set(parser.ids))
 
 
-def _report(folder: Path, rollout: bool) -> str:
+def _report(folder: Path, driven: bool) -> str:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
-    (folder / "metrics.json").write_text(json.dumps(metrics(rollout)))
+    (folder / "metrics.json").write_text(json.dumps(metrics(driven)))
     return write_report(read_runs([folder]), folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -70,12 +71,12 @@ def _drawings(page: str) -> dict[str, ElementTree.Element]:
     }
 
 
-@pytest.mark.parametrize("rollout", [True, False])
-def test_report_is_whole_and_self_contained(tmp_path: Path, rollout: bool) -> None:
-    page = _report(tmp_path, rollout)
+@pytest.mark.parametrize("driven", [True, False])
+def test_report_is_whole_and_self_contained(tmp_path: Path, driven: bool) -> None:
+    page = _report(tmp_path, driven)
     _is_whole(page)
     assert "prefers-color-scheme: dark" in page and "&lt;odd&gt;" in page and "<odd>" not in page
-    assert ("+20 points" in page) == rollout and ("no OpenGL library" in page) != rollout
+    assert ("+20 points" in page) == driven and ("no OpenGL library" in page) != driven
 
 
 def test_every_plot_is_drawn(tmp_path: Path) -> None:
@@ -144,6 +145,19 @@ def test_files_elsewhere_belong_to_the_run_of_their_place(tmp_path: Path) -> Non
     runs = read_runs([bare, whole], [whole], [whole / "rollout.json"])
     assert runs[0].preflight and runs[0].rollout and runs[1].preflight
     assert cli.main(["report", str(bare), "--preflight", str(whole), "--preflight", str(whole)]) == 2
+
+
+def test_results_of_another_checkpoint_are_noted(tmp_path: Path) -> None:
+    home = write_run(tmp_path / "a")
+    (home / "latest").mkdir()
+    (home / "latest" / "config.json").write_text("{}")
+    for made_with, expected in (("0" * 16, 1), (fingerprint(home / "latest"), 0)):
+        (home / "preflight.json").write_text(json.dumps(preflight() | {"fingerprint": made_with}))
+        (home / "rollout.json").write_text(json.dumps(rollout() | {"meta": {"checkpoint": {"fingerprint": made_with}}}))
+        run = read_run(home / "latest")
+        assert [note.split(" were")[0] for note in run.notes] == ["preflight's results", "the rollouts"] * expected
+        page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+        assert ("Take care" in page) == bool(expected)
 
 
 def test_labels_differ_and_stay_short(tmp_path: Path) -> None:

@@ -86,6 +86,8 @@ def run_demo(config: FinetuneConfig, episodes: int) -> dict[str, Any]:
             raise
         split = open_split(config, trainer.job.vla, "val", trainer.job.statistics)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)  # of an earlier demo: curves would overlap
+    for name in ("rollout.json", "footage.json", "shapes.json"):
+        (out / name).unlink(missing_ok=True)  # the report would take them for this one's
     if kept is not None:
         kept.unlink()
     with clock.phase("evaluate_before", f"measuring the start checkpoint on {split.num_frames} held-out frames"):

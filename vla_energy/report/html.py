@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from vla_energy.report import figures
 from vla_energy.report.compare import differing_settings, headlines, last_metrics
@@ -30,28 +33,45 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
     if not runs:
         raise ValueError("there is no run to report on")
     title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
-    body = [
-        f"<h1>{html.escape(title)}</h1><p>Energies are lower-better; actions and L1 are in normalised units.</p>",
-        _cards(runs[0]) if len(runs) == 1 else _comparison(runs),
-        _missing(runs),
-        *(_preflight(run, len(runs) > 1) for run in runs),
-        _section("Curves", [draw({run.label: run.rows for run in runs}, *plot) for plot in PLOTS], _curves_note(runs)),
-        _ranking(runs),
-        _section("Energy landscapes, held out", [part for run in runs for part in landscape_figures(run)],
-                 "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
-                 "both is what a search along the energy would find."),
-        _section("Gate", [figures.gate(run) for run in runs],
-                 "What each margin would let through, on episodes that did not set it."),
-        *(_gates(run, len(runs) > 1) for run in runs),
-        _closed_loop(runs),
-        *(footage_figure(run, number, len(runs) > 1) for number, run in enumerate(runs)),
-        *(_seconds(run) for run in runs),
-        *(details(_of("Settings", run, runs), run.settings) for run in runs),
-        *(details(_of("Versions", run, runs), run.versions) for run in runs),
-        last_metrics(runs),
-    ]  # fmt: skip
-    Path(out).write_text(page(html.escape(title), body), encoding="utf-8")
+    parts = tqdm(_parts(runs, title), desc="drawing", disable=None, leave=False)  # silent where stderr is no terminal
+    Path(out).write_text(page(html.escape(title), [part() for part in parts]), encoding="utf-8")
     return Path(out)
+
+
+def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
+    """What makes each part of the page, in order."""
+    several, rows = len(runs) > 1, {run.label: run.rows for run in runs}
+    each = lambda make: [partial(make, run) for run in runs]  # noqa: E731
+    folded = [partial(lambda run: details(_of("Settings", run, runs), run.settings), run) for run in runs]
+    folded += [partial(lambda run: details(_of("Versions", run, runs), run.versions), run) for run in runs]
+    return [
+        lambda: (
+            f"<h1>{html.escape(title)}</h1><p>Energies are lower-better; actions and L1 are in normalised units.</p>"
+        ),
+        lambda: _comparison(runs) if several else _cards(runs[0]),
+        lambda: _told("Take care", [(run, "", note) for run in runs for note in run.notes], runs),
+        lambda: _told("Not on this page", [(run, *lack) for run in runs for lack in run.missing.items()], runs),
+        *each(lambda run: _preflight(run, several)),
+        lambda: _section("Curves", [draw(rows, *plot) for plot in PLOTS], _curves_note(runs)),
+        lambda: _ranking(runs),
+        lambda: _section(
+            "Energy landscapes, held out",
+            [part for run in runs for part in landscape_figures(run)],
+            "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
+            "both is what a search along the energy would find.",
+        ),
+        lambda: _section(
+            "Gate",
+            [figures.gate(run) for run in runs],
+            "What each margin would let through, on episodes that did not set it.",
+        ),
+        *each(lambda run: _gates(run, several)),
+        lambda: _closed_loop(runs),
+        *(partial(footage_figure, run, number, several) for number, run in enumerate(runs)),
+        *each(_seconds),
+        *folded,
+        lambda: last_metrics(runs),
+    ]
 
 
 def _of(name: str, run: Run, runs: Sequence[Run]) -> str:
@@ -88,13 +108,13 @@ def _comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def _missing(runs: Sequence[Run]) -> str:
-    lines = [
-        f"<li><b>{html.escape(_of(name, run, runs))}</b>: {html.escape(why)}</li>"
-        for run in runs
-        for name, why in run.missing.items()
-    ]
-    return f"<h2>Not on this page</h2><ul>{''.join(lines)}</ul>" if lines else ""
+def _told(title: str, lines: Sequence[tuple[Run, str, str]], runs: Sequence[Run]) -> str:
+    """A list of a run, what it is about (may be empty) and a sentence."""
+    shown = []
+    for run, name, text in lines:
+        about = (_of(name, run, runs) if name else html.escape(run.label)) if name or len(runs) > 1 else ""
+        shown.append(f"<li>{f'<b>{about}</b>: ' if about else ''}{html.escape(text)}</li>")
+    return f"<h2>{title}</h2><ul>{''.join(shown)}</ul>" if shown else ""
 
 
 def _curves_note(runs: Sequence[Run]) -> str:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vla_energy.fingerprint import fingerprint
+
 SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
 """Files in a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`),
 frames of one episode (`rollout.footage`)."""
@@ -37,6 +39,7 @@ class Run:
         shapes: see `finetune.shapes`, None without.
         footage: see `rollout.footage`, None without.
         missing: what is not there -> what would make it.
+        notes: what to know before believing the page.
         label: short, different from that of the other runs on the page.
     """
 
@@ -51,6 +54,7 @@ class Run:
     shapes: dict[str, Any] | None = None
     footage: dict[str, Any] | None = None
     missing: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     label: str = ""
 
     def last(self) -> dict[str, float | None]:
@@ -107,7 +111,8 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
         run.rows = read_rows(home)
     found = {name: _find(places, name) for name in ("metrics.json", "rollout.json", "preflight.json", SETTINGS)}
     found |= {name: _find(places, name) for name in (SHAPES, FOOTAGE)}
-    gates = _find([*places, *_checkpoints(home or folder)], _GATES)
+    checkpoints = [*places, *_checkpoints(home or folder)]
+    gates = _find(checkpoints, _GATES)
     if not any((*found.values(), home, gates, preflight, rollout)):
         raise ReportError(
             f"{folder} holds none of metrics.jsonl, {', '.join(found)}, {_GATES}: nothing to report on; name the "
@@ -122,6 +127,7 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
     run.preflight, run.shapes, run.footage = texts["preflight.json"], texts[SHAPES], texts[FOOTAGE]
     run.gates = _read(gates)
     _tell_missing(run)
+    _tell_others(run, [place for place in checkpoints if (place / "config.json").is_file()])
     return run
 
 
@@ -228,6 +234,22 @@ def _tell_missing(run: Run) -> None:
         )
     if run.footage is None:
         run.missing["frames of an episode"] = f"no {FOOTAGE}: vla-energy rollout ... --footage {name}/{FOOTAGE}"
+
+
+def _tell_others(run: Run, checkpoints: Sequence[Path]) -> None:
+    """Notes results that were made with another checkpoint than those that are there now."""
+    made_with = {
+        "preflight's results": (run.preflight or {}).get("fingerprint"),
+        "the rollouts": (((run.rollout or {}).get("meta") or {}).get("checkpoint") or {}).get("fingerprint"),
+    }
+    if not checkpoints:
+        return
+    for name, mark in made_with.items():
+        if mark is not None and all(fingerprint(folder) != mark for folder in checkpoints):
+            run.notes.append(
+                f"{name} were made with another checkpoint than this run's, or before it was trained on or got its "
+                "head or memory: run it again"
+            )
 
 
 def finite(value: Any) -> bool:
