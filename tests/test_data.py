@@ -371,3 +371,15 @@ def test_importing_the_package_loads_no_tensorflow() -> None:
     light = "import sys, vla_energy.data; assert 'torch' not in sys.modules"
     for line in (code, light):
         subprocess.run([sys.executable, "-c", line], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_single_passes_share_one_pipeline(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorFlow never frees the functions of one: a run that validates often would grow by a megabyte each time."""
+    data, built = open_dataset(root), []
+    make = data._pipeline
+    monkeypatch.setattr(data, "_pipeline", lambda *args: built.append(args) or make(*args))
+    passes = [list(data.batches(4, repeat=False, drop_last=False)) for _ in range(3)]
+    assert len(built) == 1 and identities(passes[0]) == identities(passes[2])
+    assert all((a["images"] == b["images"]).all() for a, b in zip(passes[0], passes[1], strict=True))
+    list(data.batches(3, repeat=False))
+    assert len(built) == 2

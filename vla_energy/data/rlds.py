@@ -99,6 +99,7 @@ class RldsDataset:
         self.action_dim, self.proprio_dim = self._source.action_dim, self._source.proprio_dim or 0
         self._proprio: FieldStatistics | None = self._check_statistics(use_proprio)
         self._horizon, self._image_aug, self._seed, self._num_threads = horizon, image_aug, seed, num_threads
+        self._passes: dict[tuple[int, bool, int], Any] = {}  # pipelines of single passes
         self._buffer = min(shuffle_buffer_size, self.num_frames)
 
     def episode_outcomes(self) -> np.ndarray:
@@ -185,6 +186,19 @@ class RldsDataset:
     def _iterate(
         self, batch_size: int, repeat: bool, drop_last: bool, skip: int, shard: tuple[int, int]
     ) -> Generator[Batch, None, None]:
+        asked = (batch_size, drop_last, skip)
+        if repeat:
+            batches = self._pipeline(batch_size, repeat, drop_last, skip, shard)
+        elif (batches := self._passes.get(asked)) is None:
+            # Kept: TensorFlow never frees the functions of a pipeline, a megabyte for each validation of a long run.
+            batches = self._passes[asked] = self._pipeline(batch_size, repeat, drop_last, skip, shard)
+        with self._source.reading(self._shards):
+            for batch in batches.as_numpy_iterator():
+                batch["instructions"] = [text.decode() for text in batch["instructions"]]
+                yield batch
+
+    def _pipeline(self, batch_size: int, repeat: bool, drop_last: bool, skip: int, shard: tuple[int, int]) -> Any:
+        """A `tf.data.Dataset` of batches."""
         tf = self._tf
         part, parts = shard
         start = skip * batch_size * parts
@@ -202,10 +216,7 @@ class RldsDataset:
         options.autotune.enabled = False
         options.threading.private_threadpool_size = self._num_threads
         options.threading.max_intra_op_parallelism = 1
-        with self._source.reading(self._shards):
-            for batch in batches.prefetch(2).with_options(options).as_numpy_iterator():
-                batch["instructions"] = [text.decode() for text in batch["instructions"]]
-                yield batch
+        return batches.prefetch(2).with_options(options)
 
     def _epoch(self, epoch: Any) -> Any:
         """A `tf.data.Dataset` of one epoch's frames, images encoded."""
