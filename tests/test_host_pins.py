@@ -39,6 +39,7 @@ NOT_CORE = {
     "test_doctor_host.py": "openvla-oft itself, which is no part of the repository",
     "test_durable.py": "the native backbone, RLDS",
     "test_examples.py": "the native backbone, RLDS",
+    "test_fallback.py": "the native backbone",
     "test_film.py": "the native backbone, RLDS",
     "test_finetune.py": "the native backbone, RLDS",
     "test_finetune_rollouts.py": "the native backbone, RLDS",
