@@ -18,6 +18,7 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import chaos
+import chaos_report
 import chaos_soak
 from chaos_kill import flat
 from chaos_soak import Sample, trend, verdict
@@ -135,3 +136,8 @@ def test_what_does_not_survive_fails_the_command(tmp_path: Path, monkeypatch: py
     assert chaos.main(["--out", str(tmp_path)]) == chaos.main(["--out", str(tmp_path), "fuzz"]) == 1
     assert json.loads((tmp_path / "mix.json").read_text())["fuzz"] == {"ok": False, "found": [1]}
     assert chaos.main(["--out", str(tmp_path), "kill"]) == 0
+
+
+def test_the_pages_numbers_are_those_of_the_results() -> None:
+    page = chaos_report.PAGE.read_text()
+    assert f"{chaos_report.START}\n{chaos_report.table()}\n{chaos_report.END}" in page
