@@ -53,10 +53,30 @@ def run_soak(args: argparse.Namespace) -> dict[str, Any]:
     return soak(args.minutes, args.out / "soak", say=lambda result: _keep(args.out / "soak.json", result))
 
 
+def run_mix(args: argparse.Namespace) -> dict[str, Any]:
+    """A short piece of everything, in about `--minutes` on a machine that does nothing else."""
+    pieces = {
+        "kill": {"kills": max(1, round(args.minutes))},
+        "faults": {"steps": max(100, round(150 * args.minutes)), "each": 300},
+        "fuzz": {"minutes": args.minutes / 5, "targets": ""},
+        "soak": {"minutes": max(0.25, args.minutes / 5)},
+    }
+    result: dict[str, Any] = {}
+    for name, flags in pieces.items():
+        result[name] = PARTS[name](argparse.Namespace(out=args.out, seed=0, **flags))
+        print(f"{name}: {'ok' if result[name]['ok'] else 'FAILED'}", flush=True)
+    return result | {"ok": all(part["ok"] for part in result.values())}
+
+
+PARTS = {"kill": run_kill, "faults": run_faults, "fuzz": run_fuzz, "soak": run_soak}
+
+
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/chaos"))
+    parser.add_argument("--minutes", type=float, default=2.0, help="of the mix, where no part is named")
+    parser.add_argument("--quick", action="store_true", help="as the other benchmarks: the mix in half a minute")
     parts = parser.add_subparsers(dest="part")
     faults = parts.add_parser("faults", help="head steps on broken numbers")
     faults.add_argument("--steps", type=int, default=100_000)
@@ -76,10 +96,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a part; the exit code."""
     args = parse(argv)
-    result = {"kill": run_kill, "faults": run_faults, "fuzz": run_fuzz, "soak": run_soak}[args.part](args)
+    if args.part is None:
+        args.part, args.minutes = "mix", 0.5 if args.quick else args.minutes
+    result = {**PARTS, "mix": run_mix}[args.part](args)
     _keep(args.out / f"{args.part}.json", result)
-    print(json.dumps({name: value for name, value in result.items() if name != "samples"}, indent=1))
+    print(json.dumps(_short(result), indent=1))
     return 0 if result["ok"] else 1
+
+
+def _short(result: Any) -> Any:
+    """Without the samples of a soak."""
+    if isinstance(result, dict):
+        return {name: _short(value) for name, value in result.items() if name != "samples"}
+    return result
 
 
 if __name__ == "__main__":

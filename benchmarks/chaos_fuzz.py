@@ -115,7 +115,8 @@ def _child(seconds: float, seed: int, out: Path, names: Sequence[str]) -> None:
 
 def _write(out: Path, rows: dict, found: dict, seconds: float, complete: bool) -> None:
     reads = sum(row["read"] for row in rows.values())
-    result = {"seconds": seconds, "read": reads, "targets": rows, "found": list(found.values()), "complete": complete}
+    result = {"seconds": seconds, "read": reads, "targets": rows, "found": list(found.values())}
+    result |= {"ok": not found, "complete": complete}
     (out / "result.json.new").write_text(json.dumps(result))
     os.replace(out / "result.json.new", out / "result.json")
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import chaos
+import chaos_report
 import chaos_soak
 from chaos_kill import flat
 from chaos_soak import Sample, trend, verdict
@@ -106,3 +111,33 @@ def test_states_are_equal_only_bit_for_bit() -> None:
     for other in (torch.tensor([0.0, -0.0]), torch.zeros(1, 2), torch.zeros(2, dtype=torch.int32), [0.0, 0.0]):
         assert flat({**same, "a": [other, (1, None)]}, "s") != flat(state, "s")
     assert flat({"a": {"b": 1}, "c": []}, "s") != flat({"a": {}, "c": []}, "s") != flat({"a": {}, "c": {}}, "s")
+
+
+def test_a_very_short_mix_survives(tmp_path: Path) -> None:
+    """In a process of its own: it forks, which none should do that has other threads."""
+    script = str(Path(__file__).parents[1] / "benchmarks" / "chaos.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, "--out", str(tmp_path), "--minutes", "0.1"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = json.loads((tmp_path / "mix.json").read_text()) if (tmp_path / "mix.json").is_file() else {}
+    assert done.returncode == 0, (done.stderr[-2000:], chaos._short(result))
+    assert result["kill"]["kills"] == 1 and result["kill"]["compared"]["values"] > 500
+    assert result["faults"]["bad_steps"] == 0 and sum(result["faults"]["injected"].values()) == 15
+    assert all(row["read"] >= 3 for row in result["fuzz"]["targets"].values())
+    assert result["soak"]["saved"] >= result["soak"]["steps"] and not result["soak"]["handles"]["grows"]
+
+
+def test_what_does_not_survive_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    well: dict[str, Any] = {"ok": True}
+    for name in chaos.PARTS:
+        monkeypatch.setitem(chaos.PARTS, name, lambda _: well)
+    assert chaos.main(["--out", str(tmp_path)]) == 0
+    monkeypatch.setitem(chaos.PARTS, "fuzz", lambda _: {"ok": False, "found": [1]})
+    assert chaos.main(["--out", str(tmp_path)]) == chaos.main(["--out", str(tmp_path), "fuzz"]) == 1
+    assert json.loads((tmp_path / "mix.json").read_text())["fuzz"] == {"ok": False, "found": [1]}
+    assert chaos.main(["--out", str(tmp_path), "kill"]) == 0
+
+
+def test_the_pages_numbers_are_those_of_the_results() -> None:
+    page = chaos_report.PAGE.read_text()
+    assert f"{chaos_report.START}\n{chaos_report.table()}\n{chaos_report.END}" in page

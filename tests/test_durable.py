@@ -155,6 +155,15 @@ def test_a_damaged_latest_is_put_aside_only_for_the_one_before_it(
         checkpoints.find(run)
 
 
+def test_killed_between_the_two_renames_of_a_save_the_one_before_is_taken(run: FinetuneConfig) -> None:
+    latest, old = run.run_dir / "latest", run.run_dir / ".latest.old"
+    _folder(run, 2).rename(old)
+    _folder(run, 3).rename(run.run_dir / ".latest.partial")
+    shutil.rmtree(_folder(run, 1))
+    assert checkpoints.find(run) == latest and check_seal(latest) == 2
+    assert Trainer(run).step == 2
+
+
 def test_states_of_other_runs_and_types_are_refused(run: FinetuneConfig) -> None:
     path = _folder(run, 3) / checkpoints.STATE
     good = read_torch(path)
