@@ -269,7 +269,7 @@ def test_the_command_records(
 ) -> None:
     import types
 
-    module = types.SimpleNamespace(load_policy=lambda checkpoint, device: FakePolicy())
+    module = types.SimpleNamespace(load_policy=lambda checkpoint, device, strict: FakePolicy())
     monkeypatch.setitem(sys.modules, "vla_energy.rollout.policy", module)
     out = tmp_path / "result.json"
     flags = [
