@@ -71,7 +71,7 @@ class LeRobotFolder:
         """Images `(h,w,3)` uint8 of an episode's rows."""
         if self.info["features"][key]["dtype"] == "image":
             return [np.asarray(Image.open(io.BytesIO(row[key]["bytes"])).convert("RGB")) for row in rows]
-        import cv2
+        import cv2  # pyright: ignore[reportMissingImports]
 
         path = self.folder / self.info["video_path"].format(**place, video_key=key)
         video = cv2.VideoCapture(str(path))
