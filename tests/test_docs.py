@@ -31,7 +31,7 @@ QUICK = ["vla-energy doctor", "python scripts/config_reference.py --check", "vla
 WRAPPERS = {"nice", "env", "time"}
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """The command line was understood."""
 
 

@@ -32,16 +32,24 @@ class PolicyShape(Protocol):
     """What of a policy the head's training needs to know; a feature cache knows it too."""
 
     @property
-    def horizon(self) -> int: ...  # noqa: D102
+    def horizon(self) -> int:
+        """H."""
+        ...
 
     @property
-    def action_dim(self) -> int: ...  # noqa: D102
+    def action_dim(self) -> int:
+        """A."""
+        ...
 
     @property
-    def context_dim(self) -> int: ...  # noqa: D102
+    def context_dim(self) -> int:
+        """D."""
+        ...
 
     @property
-    def num_exits(self) -> int: ...  # noqa: D102
+    def num_exits(self) -> int:
+        """L, chunks a frame has of the layers."""
+        ...
 
 
 class HeadTraining:
