@@ -101,7 +101,12 @@ GOALS = (
         50,
     ),
     Goal("head training from the cache against online, tiny VLA", "cache", lambda found: found["ratio"]["cpu"], 50),
-    Goal("RLDS frames/s against the host's pipeline", "data", lambda found: found[_HOST]["wall"], 2),
+    Goal(
+        "RLDS frames/s against the host's pipeline (wall; it reads goals, too)",
+        "data",
+        lambda found: found[_HOST]["wall"],
+        2,
+    ),
     Goal("RLDS frames per CPU second against the host's pipeline", "data", lambda found: found[_HOST]["cpu"], 2),
     Goal(
         "`import vla_energy` beyond `import torch`",
@@ -192,7 +197,8 @@ def write_page(folder: Path, page: Path, *, quick: bool) -> None:
     lines += [
         "Written by `make bench` (`python benchmarks/all.py`) from the JSON in `benchmarks/results/`; `python",
         "benchmarks/all.py --report` writes it again without measuring. Every benchmark runs its arms in turns in one",
-        "process, one thread; figures are of CPU time where nothing else is said, ratios of medians.",
+        "process, one thread (memory: fresh processes; ranks and readers: as their pages say). Figures are of CPU",
+        "time, ratios of medians; on a busy machine a share by wall time is higher (of a step: 13 %, see speed.md).",
         "S=600, D=4096, H=8, A=7, hidden 512. The comparison with the host's reader is of the last run that had",
         "`--host`.",
         "",

@@ -48,7 +48,8 @@ def _loss(head: EnergyHead, rows: int, tokens: int, width: int, *, copied: bool 
             pairs = head.encode(context.repeat_interleave(rows, 0), mask.repeat_interleave(rows, 0))
             energies = head(pairs, chunks.repeat(rows, 1, 1)[:, None]).view(rows, rows)
         else:
-            energies = head(head.encode(context, mask, chunks), chunks.expand(rows, -1, -1, -1))
+            # As training calls it: the head may read the raw tokens, which `encode` never does.
+            energies = head((context, mask, chunks), chunks.expand(rows, -1, -1, -1))
         cross_entropy(logits_of(energies, 0.5), torch.arange(rows)).backward()
 
     return run

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import shlex
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from vla_energy.checkpoint import load_head
 from vla_energy.cli import main
 from vla_energy.config import EnergyConfig, LossConfig
 from vla_energy.finetune import cached, features, head_runs
-from vla_energy.finetune.cached import CachedTraining, shuffled
+from vla_energy.finetune.cached import CachedTraining, check_held_out, shuffled
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.features import CacheBuilder, CacheOptions, patch_grid, pool_patches
 from vla_energy.finetune.frames import FrameReader
@@ -333,6 +335,9 @@ def test_several_presets_make_checkpoints_that_rollouts_take(
         (["--energy.loss.listwise", "much"], "listwise"),
         (["--energy.loss.listwize", "1"], "--energy.loss.listwize"),
         (["--epochs", "2", "--max-steps", "3"], "leave one out"),
+        (["--max-steps", "0"], "--max-steps 0: must be 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["--val-cache", str(built)], "has the split train, as"),
         (["--energy.negatives.layer_exits.normed", "True"], "build one with --layer-exits normed"),
         (["--energy.rollouts.dataset", "some", "--max-steps", "1"], "a cache has no recorded rollouts"),
     ):
@@ -351,6 +356,40 @@ def test_a_held_out_cache_made_otherwise_is_refused(
     manifest.write(copied)
     with pytest.raises(CacheError, match=r"was not made as .*precision \(fp32, here bf16\)"):
         CachedTraining(_config(tiny_folder, tmp_path), cache, FeatureCache(copied))
+
+
+def test_a_held_out_cache_is_of_the_other_split_and_the_same_dataset(cache: FeatureCache, copied: Path) -> None:
+    def held_out(**dataset: str) -> FeatureCache:
+        manifest = Manifest.read(copied)
+        manifest.dataset = {**cache.manifest.dataset, **dataset}
+        manifest.write(copied)
+        return FeatureCache(copied)
+
+    check_held_out(cache, held_out(split="val"))
+    with pytest.raises(CacheError, match="has the split train, as .*judged on what they learn"):
+        check_held_out(cache, held_out(split="train"))
+    with pytest.raises(CacheError, match=r"the dataset's name \(.*, here other\)"):
+        check_held_out(cache, held_out(split="val", name="other"))
+    with pytest.raises(CacheError, match="the dataset's fingerprint"):
+        check_held_out(cache, held_out(split="val", fingerprint="f"))
+
+
+@pytest.mark.parametrize(("mine", "theirs", "fits"), [(2, 1, True), (2, 2, True), (1, 2, False), (2, 8, False)])
+def test_heads_of_pooled_contexts_are_judged_on_whole_ones_too(
+    cache: FeatureCache, copied: Path, mine: int, theirs: int, fits: bool
+) -> None:
+    manifest = Manifest.read(copied)
+    manifest.dataset = {**cache.manifest.dataset, "split": "val"}
+    manifest.options["pool"] = theirs
+    manifest.write(copied)
+    whole = FeatureCache(copied)
+    pooled = copy.copy(cache)
+    pooled.manifest = replace(cache.manifest, options={**cache.manifest.options, "pool": mine})
+    if fits:
+        check_held_out(pooled, whole)
+    else:
+        with pytest.raises(CacheError, match=rf"pool \({mine} or 1, here {theirs}\)"):
+            check_held_out(pooled, whole)
 
 
 def test_settings_of_a_preset_and_flags() -> None:

@@ -159,14 +159,15 @@ class Manifest:
 
         Args:
             other: of another cache.
-            split: whether split and dataset, number of frames and the layout on disk must agree, too.
+            split: whether split and dataset, number of frames and the layout on disk must agree, too, and how patches
+                are pooled: heads are judged on whole contexts as well.
         """
         found = []
         if self.checkpoint["fingerprint"] != other.checkpoint["fingerprint"]:
             found.append(f"the checkpoint ({self.checkpoint['folder']}, here {other.checkpoint['folder']})")
         if self.statistics != other.statistics:
             found.append("the normalisation statistics")
-        names = [name for name in self.options if split or name not in ("seed", "batch_size")]
+        names = [name for name in self.options if split or name not in ("seed", "batch_size", "pool")]
         pairs = {name: (self.options[name], other.options.get(name)) for name in names}
         if split:
             for name in ("name", "split"):

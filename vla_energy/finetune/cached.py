@@ -54,8 +54,8 @@ class CachedTraining:
         self.config, self.cache, self.held_out = config, cache, held_out
         config.check()
         _check_possible(config.energy, cache)
-        if held_out is not None and (other := cache.manifest.differences(held_out.manifest, split=False)):
-            raise CacheError(f"{held_out.folder} was not made as {cache.folder}: {'; '.join(other)}")
+        if held_out is not None:
+            check_held_out(cache, held_out)
         self.device = torch.device(config.device)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.head = make_head(config, cache).to(self.device)
@@ -193,3 +193,25 @@ def _check_possible(energy: EnergyConfig, cache: FeatureCache) -> None:
 
 def _since(started: float) -> float:
     return time.perf_counter() - started
+
+
+def check_held_out(cache: FeatureCache, held_out: FeatureCache) -> None:
+    """Refuses a cache that cannot judge heads that are trained from another.
+
+    Raises:
+        CacheError: it has the same split, or is of another dataset, checkpoint or normalisation, or made otherwise.
+    """
+    mine, theirs = cache.manifest, held_out.manifest
+    other = mine.differences(theirs, split=False)
+    for part in ("name", "fingerprint"):
+        if mine.dataset[part] != theirs.dataset[part]:
+            other.append(f"the dataset's {part} ({mine.dataset[part]}, here {theirs.dataset[part]})")
+    if theirs.options["pool"] not in (1, mine.options["pool"]):
+        other.append(f"pool ({mine.options['pool']} or 1, here {theirs.options['pool']})")
+    if other:
+        raise CacheError(f"{held_out.folder} was not made as {cache.folder}: {'; '.join(other)}")
+    if mine.dataset["split"] == theirs.dataset["split"]:
+        raise CacheError(
+            f"{held_out.folder} has the split {theirs.dataset['split']}, as {cache.folder}: heads would be judged on "
+            "what they learn; build one of the other split"
+        )

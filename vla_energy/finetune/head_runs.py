@@ -41,6 +41,10 @@ class HeadRuns:
         if args.epochs is not None and args.max_steps is not None:
             raise FlagError("--epochs and --max-steps are both given: leave one out")
         checks.positive("--epochs", _EPOCHS if args.epochs is None else args.epochs)
+        # Before what divides by them.
+        for flag, value in (("--batch-size", args.batch_size), ("--max-steps", args.max_steps)):
+            if value is not None and value < 1:
+                raise FlagError(f"{flag} {value}: must be 1 or more")
         self.cache = FeatureCache(args.cache)
         self.held_out = None if args.val_cache is None else FeatureCache(args.val_cache)
         check_made_of(self.cache, args.checkpoint, args.data_root_dir)
@@ -119,7 +123,7 @@ def check_made_of(cache: FeatureCache, checkpoint: str | None = None, root: str 
     if not folder.is_dir():
         raise CacheError(f"{made_here}: its checkpoint {folder} is not there; say with --checkpoint where it is")
     build = f"build a cache of these: {_again(manifest, checkpoint, root)}"
-    _check_statistics(manifest, folder, f"{made_here} was made with other normalisation statistics than {folder} has")
+    _check_statistics(manifest, folder, made_here, build)
     if fingerprint(folder, policy_only=True) != manifest.checkpoint["fingerprint"]:
         raise CacheError(f"{made_here} was made of another checkpoint than {folder} is now; {build}")
     try:
@@ -132,14 +136,14 @@ def check_made_of(cache: FeatureCache, checkpoint: str | None = None, root: str 
         raise CacheError(f"{made_here} was made of another dataset than {name} in {data_root(given)} is now; {build}")
 
 
-def _check_statistics(manifest: Manifest, folder: Path, complaint: str) -> None:
+def _check_statistics(manifest: Manifest, folder: Path, made_here: Path, build: str) -> None:
     path = folder / "dataset_statistics.json"
     if not path.is_file():
         return  # of a base model: the fingerprint tells
     there, asked = load_statistics(path), manifest.dataset["statistics_of"]
     name = asked or (None if len(there) == 1 else manifest.dataset["name"])
     if select_statistics(there, name).to_dict() != manifest.statistics:
-        raise CacheError(f"{complaint}; build a cache with these, in another --out")
+        raise CacheError(f"{made_here} was made with other normalisation statistics than {folder} has; {build}")
 
 
 def _again(manifest: Manifest, checkpoint: str | None, root: str | None) -> str:
