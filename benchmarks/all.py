@@ -20,7 +20,10 @@ from pathlib import Path
 from goals import write_page
 
 FOLDER = Path(__file__).parent
-BENCHMARKS = ("loss", "peak_memory", "rerank", "finetune_step", "import_time", "cache", "data", "scaling", "shapes")
+BENCHMARKS = (
+    "loss", "context_dtype", "peak_memory", "rerank", "finetune_step", "import_time", "cache", "data", "scaling",
+    "shapes",
+)  # fmt: skip
 """Files in this folder, each with `--quick` and `--out`, in the order in which they run."""
 
 
