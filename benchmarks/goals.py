@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,12 +56,22 @@ def _apart(ranks: str) -> Callable[[Any], float]:
     return lambda found: max(found["gradients_apart"][ranks].values())
 
 
+def _spearman_lost(found: Any) -> float:
+    """Mean over the seeds, of heads trained in float32 and in bfloat16."""
+    means = [
+        statistics.mean(row["spearman"] for row in found["rankings"][name])
+        for name in ("trained in float32", "trained in bfloat16")
+    ]
+    return max(0.0, means[0] - means[1])
+
+
 _HOST = "frames_of_ours_for_each_of_host"
 GOALS = (
     Goal("in-batch loss against the naive twin, fp32, B=8", "loss", _over_naive("8", "ours"), 22),
     Goal("in-batch loss against the naive twin, fp32, B=16", "loss", _over_naive("16", "ours"), 55),
     Goal("the same with the context in bf16, B=8", "loss", _over_naive("8", "ours, bf16"), 50),
     Goal("the same with the context in bf16, B=16", "loss", _over_naive("16", "ours, bf16"), 110),
+    Goal("Spearman that the context in bf16 costs", "context_dtype", _spearman_lost, 0.005, most=True, unit=""),
     Goal(
         "against the fp32 matmul limit, B=8",
         "loss",
