@@ -1,6 +1,6 @@
 """The in-batch loss at the width of a 7B model, forward and backward, beside what it replaces and beside the limit.
 
-    python benchmarks/loss.py [--quick] [--heads 2] [--threads 1] [--out runs/bench/loss.json]
+    python benchmarks/loss.py [--quick] [--heads 2] [--threads 1] [--profile] [--out runs/bench/loss.json]
 
 B contexts of 600 tokens of width 4096, each with all B chunks; InfoNCE; gradients of all weights of the head. The arms:
 
@@ -147,18 +147,33 @@ def measure(shape: Shape, batch: int, heads: int, rounds: int) -> dict[str, Any]
     }
 
 
+def print_profile(shape: Shape, batch: int, heads: int) -> None:
+    """Where a step of ours spends its time, by operation."""
+    given, head = inputs(shape, batch), make_head(shape, heads)
+    step(head, *given)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step(head, *given)
+    table = profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=10, max_name_column_width=32)
+    print(f"B={batch}", table, sep="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes and B=4")
     parser.add_argument("--heads", type=int, default=HeadConfig().num_heads, help="attention heads of ours")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/loss.json"))
+    parser.add_argument("--profile", action="store_true", help="only print where a step of ours spends its time")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     shape = QUICK if args.quick else Shape()
+    if args.profile:
+        for batch in (4,) if args.quick else (8, 16):
+            print_profile(shape, batch, args.heads)
+        return
     result: dict[str, Any] = {"shape": vars(shape), "heads": args.heads, "batches": {}}
     print("| B | arm | CPU s | naive over it (by wall) |\n|---|---|---|---|")
-    for batch, rounds in ({4: 2} if args.quick else {8: 4, 16: 1}).items():
+    for batch, rounds in ({4: 2} if args.quick else {8: 4, 16: 2}).items():
         found = result["batches"][str(batch)] = measure(shape, batch, args.heads, rounds)
         for name, seconds in found["seconds"].items():
             by_cpu, by_wall = (found["naive_over"][kind][name] for kind in ("cpu", "wall"))
