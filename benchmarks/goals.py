@@ -62,7 +62,7 @@ def _spearman_lost(found: Any) -> float:
         statistics.mean(row["spearman"] for row in found["rankings"][name])
         for name in ("trained in float32", "trained in bfloat16")
     ]
-    return max(0.0, means[0] - means[1])
+    return means[0] - means[1]
 
 
 _HOST = "frames_of_ours_for_each_of_host"

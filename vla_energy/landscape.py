@@ -124,11 +124,7 @@ def plane_slice(
     """
     if policy.ndim != 3 or policy.shape != expert.shape or policy[:1].numel() == 1:
         raise ValueError(f"policy {tuple(policy.shape)}, expert {tuple(expert.shape)}: expected equal (B,H,A), H*A > 1")
-    if not 0 <= extent < math.inf:
-        raise ValueError(f"extent={extent}: expected a finite number, 0 or more")
-    for name, value, least in (("resolution", resolution, 2), ("block_size", block_size, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}: expected {least} or more")
+    _check_grid(extent, resolution, block_size)
     with torch.no_grad():
         policy, expert = policy.float(), expert.float()
         across = expert - policy
@@ -173,11 +169,7 @@ def step_slice(
     """
     if policy.ndim != 3 or policy.shape != expert.shape:
         raise ValueError(f"policy {tuple(policy.shape)}, expert {tuple(expert.shape)}: expected equal (B,H,A)")
-    if not 0 <= extent < math.inf:
-        raise ValueError(f"extent={extent}: expected a finite number, 0 or more")
-    for name, value, least in (("resolution", resolution, 2), ("block_size", block_size, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}: expected {least} or more")
+    _check_grid(extent, resolution, block_size)
     with torch.no_grad():
         policy, expert = policy.float(), expert.float()
         horizon = expert.shape[1]
@@ -256,3 +248,11 @@ def _orthogonal(across: Tensor, generator: torch.Generator) -> Tensor:
         drawn = drawn - (drawn * unit).sum(1, keepdim=True) * unit
         drawn = drawn / drawn.norm(dim=1, keepdim=True)
     return (lengths * drawn).view_as(across)
+
+
+def _check_grid(extent: float, resolution: int, block_size: int) -> None:
+    if not 0 <= extent < math.inf:
+        raise ValueError(f"extent={extent}: expected a finite number, 0 or more")
+    for name, value, least in (("resolution", resolution, 2), ("block_size", block_size, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: expected {least} or more")
