@@ -53,8 +53,9 @@ $(LIBERO_STAMP): $(STAMP)
 demo: setup
 	$(THREADS) $(PY) -m vla_energy.demo
 
+# Two processes, a thread each; files stay whole, for what a module's fixtures make once.
 test: setup libero browser
-	$(THREADS) $(PY) -m pytest -q
+	$(THREADS) $(PY) -m pytest -q -n 2 --dist loadfile
 
 # The core on openvla-oft's versions: an environment of its own (scripts/host_pins.py says where and how), not $(VENV).
 test-host-pins:

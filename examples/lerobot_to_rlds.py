@@ -4,7 +4,9 @@
         --image observation.images.front --wrist observation.images.wrist --val-episodes 10
 
 Writes DATA/NAME/1.0.0 and DATA/NAME.json, which names the fields: fine-tune with `--dataset_config DATA/NAME.json`.
-Frames come from image columns, or from the videos (which needs opencv-python). Nothing is resampled.
+LeRobot's converters that we know of go upwards only (v2.1 to v3): of a v3 dataset take the hub's revision "v2.1" where
+there is one, or a converter by others. Frames come from image columns, or from the videos (which needs opencv-python).
+Nothing is resampled.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ class LeRobotFolder:
         self.info = json.loads((folder / "meta" / "info.json").read_text())
         if not self.info["codebase_version"].startswith("v2."):
             raise ValueError(
-                f"{folder} is {self.info['codebase_version']}: convert it to v2.1 with LeRobot's own tools"
+                f"{folder} is {self.info['codebase_version']}, and v2.0 and v2.1 are read here: take the hub dataset's "
+                'revision "v2.1" where it has one, or a converter by others'
             )
         if lacking := {*cameras.values(), "action", "observation.state"} - set(self.info["features"]):
             raise ValueError(f"{folder} lacks {sorted(lacking)}; it has {', '.join(self.info['features'])}")

@@ -50,7 +50,7 @@ def main() -> dict[str, float]:
         if step % 100 == 0:
             print(f"step {step:4d}  loss {loss:.3f}  Spearman with distance {metrics['energy/spearman']:.2f}")
 
-    reranker, proposals = Reranker(head, None, config, margin=0.0), CandidatesConfig(64, (0.05, 0.1, 0.2))
+    reranker, proposals = Reranker(head, None, config, 0.0, strict=True), CandidatesConfig(64, (0.05, 0.1, 0.2))
     for calibrating in (True, False):  # the gate's margin is set on some contexts and used on others
         context, mask, expert, policy = scene(2 * math.pi * torch.rand(500, generator=draw))
         candidates = propose(policy, None, proposals, draw, gripper_dims=()).actions

@@ -1,9 +1,15 @@
 """Fine-tunes an OpenVLA(-OFT) checkpoint with an energy head. With no arguments: the tiny one that ships with us.
 
-python scripts/finetune_energy.py --vla_path DIR --data_root_dir DIR --dataset_name libero_spatial_no_noops
-torchrun --standalone --nproc-per-node 8 scripts/finetune_energy.py ...     (see docs/scaling.md)
+For example:
+  python scripts/finetune_energy.py --config_path configs/demo.yaml --run_id_override mine     (three minutes)
+  python scripts/finetune_energy.py --vla_path DIR --data_root_dir DIR --dataset_name libero_spatial_no_noops
+  torchrun --standalone --nproc-per-node 8 scripts/finetune_energy.py ...     (see docs/scaling.md)
+
+docs/config-reference.md has every flag in a table.
 """
 
+import contextlib
+import io
 import logging
 import os
 import sys
@@ -26,13 +32,31 @@ def _known_fields(name: str) -> str:
     return "known: " + ", ".join(field.name for field in dataclasses.fields(cls))
 
 
+def _flags() -> FinetuneConfig:
+    """The command line's. A wrong flag is told in one line: argparse's usage before it is 158 lines long."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__, flush=True)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = parse_flags()
+    except SystemExit as ended:
+        if ended.code:
+            _, _, what = said.getvalue().rpartition("error: ")
+            what = what.strip().replace("unrecognized arguments:", "unknown flag or value:")
+            print(f"error: {what} (--help and docs/config-reference.md list the flags)", file=sys.stderr)
+        raise
+    sys.stderr.write(said.getvalue())
+    return config
+
+
 def main() -> None:
     rank = os.environ.get("RANK", "0")
     level = logging.INFO if rank == "0" else logging.ERROR  # the others would say the same
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("absl").setLevel(logging.WARNING)
     try:
-        config = parse_flags()
+        config = _flags()
         config.check()
         from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
 

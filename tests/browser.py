@@ -1,4 +1,4 @@
-"""A page looked at in headless Chromium: every plot drawn, nothing wider than the window, in light and dark.
+"""A page looked at in headless Chromium: every plot drawn, text readable, nothing too wide, in both schemes.
 
 The page is put into frames as wide as a phone and a desktop (a window of Chromium cannot be as narrow as a phone), in a
 page whose script measures them and leaves its verdict in the document, which `--dump-dom` prints.
@@ -55,8 +55,32 @@ function measure(frame) {
     const after = [image.src, figure.querySelector('output').textContent, box(figure.querySelector('.now')).left];
     before.forEach((value, n) => { if (value === after[n]) wrong.push(`the slider moves not: ${value}`); });
   }
+  const rgb = (colour) => (colour.match(/[0-9.]+/g) || []).map(Number);
+  const light = (colour) => rgb(colour).slice(0, 3).map((v) => v / 255)
+    .map((v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, n) => sum + v * [0.2126, 0.7152, 0.0722][n], 0);
+  const ground = (el) => {
+    for (; el; el = el.parentElement) {
+      const parts = rgb(frame.contentWindow.getComputedStyle(el).backgroundColor);
+      if (parts.length && parts[3] !== 0) return frame.contentWindow.getComputedStyle(el).backgroundColor;
+    }
+    return 'rgb(255, 255, 255)';
+  };
+  const contrasts = {text: Infinity, plots: Infinity};
+  for (const el of doc.body.querySelectorAll('*')) {
+    if (el.closest('svg') ? !el.closest('text') : ['SCRIPT', 'STYLE'].includes(el.tagName)) continue;
+    if (![...el.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim())) continue;
+    const style = frame.contentWindow.getComputedStyle(el), inside = el.closest('svg') !== null;
+    const ink = inside ? style.fill : style.color, two = [light(ink), light(ground(el))];
+    const found = rgb(ink).length < 3 ? 0 : (Math.max(...two) + 0.05) / (Math.min(...two) + 0.05);
+    const kind = inside ? 'plots' : 'text';
+    contrasts[kind] = Math.min(contrasts[kind], found);
+    if (!(found >= 4.5))
+      wrong.push(`${el.tagName} "${el.textContent.trim().slice(0, 30)}" has a contrast of ${found.toFixed(1)}`);
+  }
   const style = frame.contentWindow.getComputedStyle(doc.body);
-  return {asked: +frame.width, width, plots: svgs.length, wrong, ground: style.backgroundColor, ink: style.color};
+  return {asked: +frame.width, width, plots: svgs.length, wrong, contrasts,
+    ground: style.backgroundColor, ink: style.color};
 }
 addEventListener('load', () => setTimeout(() => {
   const found = [...document.querySelectorAll('iframe')].map(measure);
@@ -72,6 +96,9 @@ def find() -> str | None:
 
 def look(page: str, scheme: str, widths: tuple[int, ...] = WIDTHS) -> list[dict[str, Any]]:
     """What a page looks like, a width at a time: `width`, `plots` (number), `ground` and `ink` as CSS colours, `wrong`.
+
+    `contrasts` are the lowest of `text` and of `plots` (text in a plot against the ground of its figure), by WCAG 2.1;
+    below 4.5, its level AA, the text is in `wrong`.
 
     Raises:
         RuntimeError: no Chromium, or it gave no verdict.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -50,3 +52,18 @@ def simulator() -> None:
         if not missing or os.environ.get("CI"):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture
+def own_data(tmp_path: Path) -> tuple[Path, Path]:
+    """A data root with the bundled dataset under a name that nobody knows, my_robot, and the file of its fields."""
+    from vla_energy.finetune.setup import EMBEDDED_DATA
+
+    root, fields = tmp_path / "own-data", tmp_path / "own-data" / "my_robot.json"
+    shutil.copytree(EMBEDDED_DATA / "metaworld_demo", root / "my_robot")
+    for path in (root / "my_robot" / "1.0.0").iterdir():
+        path.rename(path.with_name(path.name.replace("metaworld_demo", "my_robot")))
+    info = root / "my_robot" / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("metaworld_demo", "my_robot"))
+    fields.write_text(json.dumps({"my_robot": {"action_mask": [True, True, True, False]}}))
+    return root, fields

@@ -24,8 +24,11 @@ class Failed(Exception):
     """A rank ended otherwise than with a result."""
 
 
-def run_ranks(world: int, work: Work, folder: Path, *args: Any) -> list[Any]:
-    """What `work(ranks, *args)` returns on each rank; where it raises, or is killed, the text of that instead."""
+def run_ranks(world: int, work: Work, folder: Path, *args: Any, left: int | None = None) -> list[Any]:
+    """What `work(ranks, *args)` returns on each rank; where it raises, or is killed, the text of that instead.
+
+    The rank `left` is killed when all others have ended.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -34,7 +37,7 @@ def run_ranks(world: int, work: Work, folder: Path, *args: Any) -> list[Any]:
     try:
         for process in processes:
             process.start()
-        for process in processes:
+        for process in (process for rank, process in enumerate(processes) if rank != left):
             process.join(300)  # of a busy machine
             if process.exitcode is None:
                 raise Failed(f"a rank of {world} hangs")

@@ -24,9 +24,10 @@ from vla_energy.config import EnergyConfig, LossConfig
 from vla_energy.finetune import cached, features, head_runs
 from vla_energy.finetune.cached import CachedTraining, check_held_out, shuffled
 from vla_energy.finetune.config import FinetuneConfig, FlagError
-from vla_energy.finetune.features import CacheBuilder, CacheOptions, patch_grid, pool_patches
+from vla_energy.finetune.features import CacheBuilder, CacheOptions
 from vla_energy.finetune.frames import FrameReader
 from vla_energy.finetune.head_runs import check_made_of, parse_energy
+from vla_energy.finetune.pooling import patch_grid, pool_patches
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.trainer import Trainer
 from vla_energy.rollout.policy import load_policy
@@ -222,6 +223,33 @@ def test_another_checkpoint_dataset_or_normalisation_is_refused(
     with pytest.raises(CacheError, match=r"made otherwise: dtype \(fp32, here bf16\); name another --out"):
         _builder(tiny_folder, built, dtype="bf16")
     assert _bytes(built) == before
+
+
+def test_a_cache_of_ones_own_dataset_names_the_file_of_its_fields(
+    tiny_folder: Path, built: Path, own_data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (root, fields), out = own_data, tmp_path / "cache"
+    given = ["cache", "--checkpoint", str(tiny_folder), "--data-root-dir", str(root), "--dataset-name", "my_robot"]
+    more = ["--out", str(out), "--max-frames", "8", "--batch-size", str(BATCH), "--shard-frames", "8", "--seed", "7"]
+    assert main([*given, *more, "--dtype", "fp32"]) == 2 and not out.exists()
+    assert "--dataset-config FILE" in capsys.readouterr().err
+    assert main([*given, *more, "--dtype", "fp32", "--dataset-config", str(fields)]) == 0
+    cache = FeatureCache(out)
+    assert torch.equal(cache.batch(range(8)).context, FeatureCache(built).batch(range(8)).context)
+    assert f"--dataset-config {fields}" in cache.manifest.command(out)
+    check_made_of(cache)
+    fields.rename(tmp_path / "moved.json")
+    check_made_of(cache, root=str(root), config=str(tmp_path / "moved.json"))
+    with pytest.raises(CacheError, match="cannot read the dataset configuration"):
+        check_made_of(cache, root=str(root))
+    with pytest.raises(CacheError, match="--dataset-config .*nowhere.json: cannot read the dataset configuration"):
+        check_made_of(cache, config=str(tmp_path / "nowhere.json"))
+    fields.write_text(json.dumps({"my_robot": {"proprio_keys": []}}))
+    with pytest.raises(CacheError, match=f"another dataset than my_robot.*--dataset-config {fields}"):
+        check_made_of(cache)
+    heads = ["train-head", "--cache", str(out), "--out", str(tmp_path / "heads"), "--max-steps", "1"]
+    assert main(heads) == 2 and "another dataset than my_robot" in capsys.readouterr().err
+    assert main([*heads, "--dataset-config", str(tmp_path / "moved.json")]) == 0
 
 
 def test_a_head_beside_the_policy_does_not_make_another_checkpoint(

@@ -18,10 +18,17 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import chaos
+import chaos_atheris
+import chaos_faults
 import chaos_report
 import chaos_soak
+import chaos_targets
 from chaos_kill import flat
 from chaos_soak import Sample, trend, verdict
+from chaos_targets import Target
+
+from vla_energy.checkpoint import CheckpointError
+from vla_energy.guard import GuardedOptimizer
 
 
 def _samples(
@@ -120,22 +127,101 @@ def test_a_very_short_mix_survives(tmp_path: Path) -> None:
     command = [sys.executable, script, "--out", str(tmp_path), "--minutes", "0.1"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     result = json.loads((tmp_path / "mix.json").read_text()) if (tmp_path / "mix.json").is_file() else {}
-    assert done.returncode == 0, (done.stderr[-2000:], chaos._short(result))
+    assert done.returncode == 0, (done.stderr[-2000:], done.stdout[-2000:])
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == [*chaos.PARTS, "all passed", "the whole result"]
+    assert lines[0].startswith("kill: passed: 1 kill of a run of") and lines[-1].endswith(f"{tmp_path}/mix.json")
     assert result["kill"]["kills"] == 1 and result["kill"]["compared"]["values"] > 500
     assert result["faults"]["bad_steps"] == 0 and sum(result["faults"]["injected"].values()) == 15
     assert all(row["read"] >= 3 for row in result["fuzz"]["targets"].values())
     assert result["soak"]["saved"] >= result["soak"]["steps"] and not result["soak"]["handles"]["grows"]
 
 
-def test_what_does_not_survive_fails_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    well: dict[str, Any] = {"ok": True}
+def test_guided_bytes_change_one_file_and_unclear_errors_are_kept(tmp_path: Path) -> None:
+    """What libFuzzer calls, without libFuzzer: it is no part of the development installation."""
+
+    def make(folder: Path) -> None:
+        for name in ("a.json", "b.json"):
+            (folder / name).write_text("[1]")
+
+    def load(folder: Path) -> None:
+        values = [json.loads((folder / name).read_text()) for name in ("a.json", "b.json")]  # another's error: unclear
+        if values[0] == 2:
+            raise CheckpointError(f"{folder / 'a.json'} holds a 2")  # one of ours, with the file: clear
+
+    work = chaos_atheris.Guided("two", Target(make, load, (CheckpointError,)), tmp_path / "out")
+    work.corpus(tmp_path / "corpus")
+    assert [path.read_bytes() for path in sorted((tmp_path / "corpus").iterdir())] == [b"\x00[1]", b"\x01[1]"]
+    for data in (b"\x00[3]", b"\x002", b"\x01oh", b"\x01no", b""):
+        work.one(data)
+        assert all((tmp_path / "out/work" / name).read_text() == "[1]" for name in ("a.json", "b.json"))
+    work.write()
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert (result["read"], result["refused"], result["accepted"]) == (5, 4, 1)
+    assert sum(entry["count"] for entry in result["found"]) == 3, "the clear one is none of them"
+    assert {entry["done"] for entry in result["found"]} <= {"a.json", "b.json"}
+
+
+def test_what_does_not_survive_fails_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = [{"target": "gates", "count": 2, "error": "KeyError: 'x'", "where": "", "files": "there"}]
+    rows = {"rlds": {"read": 89, "refused": 4}, "gates": {"read": 3500, "refused": 5}}
+    fuzz = {"seconds": 90.0, "read": 3589, "targets": rows, "found": list[Any](), "ok": True}
+    well = {name: chaos_report.read(name) | {"ok": True} for name in ("kill", "faults", "soak")} | {"fuzz": fuzz}
     for name in chaos.PARTS:
-        monkeypatch.setitem(chaos.PARTS, name, lambda _: well)
+        monkeypatch.setitem(chaos.PARTS, name, lambda _, name=name: well[name])
     assert chaos.main(["--out", str(tmp_path)]) == 0
-    monkeypatch.setitem(chaos.PARTS, "fuzz", lambda _: {"ok": False, "found": [1]})
-    assert chaos.main(["--out", str(tmp_path)]) == chaos.main(["--out", str(tmp_path), "fuzz"]) == 1
-    assert json.loads((tmp_path / "mix.json").read_text())["fuzz"] == {"ok": False, "found": [1]}
+    monkeypatch.setitem(chaos.PARTS, "fuzz", lambda _: fuzz | {"ok": False, "found": found})
+    assert chaos.main(["--out", str(tmp_path)]) == chaos.main(["fuzz", "--out", str(tmp_path)]) == 1
+    assert json.loads((tmp_path / "mix.json").read_text())["fuzz"]["found"] == found
+    said = capsys.readouterr().out
+    assert (
+        "fuzz: passed: 3,589 damaged files in 90 seconds, 2 loaders, from 89 (rlds) to 3,500 (gates): 0 kinds" in said
+    )
+    assert "fuzz: failed:" in said and "gates: KeyError: 'x' (2 times, there)" in said and "all passed" in said
+    assert f"FAILED\nthe whole result: {tmp_path}/mix.json" in said
     assert chaos.main(["--out", str(tmp_path), "kill"]) == 0
+
+
+@pytest.mark.parametrize("guided", [[], ["--guided"]])
+def test_what_is_not_there_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], guided: list[str]
+) -> None:
+    found: dict[str, object] = {"atheris": object()}
+    monkeypatch.setattr(chaos_atheris.importlib.util, "find_spec", found.get)
+    assert chaos.main(["--out", str(tmp_path), "fuzz", "--targets", "nosuch,gates", *guided]) == 2
+    assert "--targets: unknown nosuch; known: head, memory" in capsys.readouterr().err
+    found.clear()
+    if guided:
+        assert chaos.main(["--out", str(tmp_path), "fuzz", *guided]) == 2
+        assert "pip install -e '.[fuzz]'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_the_wanted_targets_are_made(tmp_path: Path) -> None:
+    found = chaos_targets.targets(tmp_path / "scratch")
+    found["gates"].make(tmp_path)
+    assert not (tmp_path / "scratch").exists()
+    (tmp_path / "run").mkdir()
+    found["resume"].make(tmp_path / "run")
+    found["resume"].load(tmp_path / "run")
+    assert (tmp_path / "scratch/resume").is_dir()
+
+
+def test_a_guard_that_counts_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong(GuardedOptimizer):
+        def _count_skip(self, verdict: str, norm: float) -> None:
+            super()._count_skip("too_large", norm)
+
+    assert chaos_faults.faults(30, 30, 1)["miscounted"] == 0
+    monkeypatch.setattr(chaos_faults, "GuardedOptimizer", Wrong)
+    result = chaos_faults.faults(30, 30, 1)
+    assert result["miscounted"] > 0 and not result["ok"]
+    old = chaos_report.read("faults")
+    assert chaos_faults.miscounted(old) == 0
+    old["counters"]["nonfinite"] -= 1
+    assert chaos_faults.miscounted(old) == 2
 
 
 def test_the_pages_numbers_are_those_of_the_results() -> None:

@@ -103,7 +103,7 @@ def test_changed_metadata(saved: Path, drop: str | None, changes: dict[str, str]
 
 
 def test_weights_of_another_shape_even_absurd_are_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vla_energy.checkpoint._digest", lambda tensors, metadata: "valid")
+    monkeypatch.setattr("vla_energy.checkpoint.digest", lambda tensors, metadata: "valid")
     for context_dim in ("7", str(10**12), "0", "six"):
         _rewrite(saved, context_dim=context_dim, sha256="valid")
         with pytest.raises(CheckpointError, match=saved.name):

@@ -78,7 +78,7 @@ def test_every_command_has_an_example_that_parses(name, monkeypatch, capsys):
 def test_what_a_program_may_read_can_be_json():
     (commands,) = [action.choices for action in cli.build_parser()._actions if isinstance(action.choices, dict)]
     told = {name for name, parser in commands.items() if "--json" in parser._option_string_actions}
-    assert set(commands) - told == {"completion", "memory"}  # a script for a shell; a file whose path is printed
+    assert set(commands) - told == {"completion"}  # a script for a shell
 
 
 def test_version(capsys):
@@ -120,6 +120,26 @@ def test_bad_input_is_one_line(tmp_path, capsys, extra, message):
     error = capsys.readouterr().err.splitlines()[-1]  # before it at most the progress bar
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "runs" / "result.json").exists()
+
+
+def test_an_unknown_flag_points_to_the_commands_own_help(capsys):
+    given = ["memory", "--checkpoint", "a", "--data-root-dir", "b", "--dataset-name", "c", "--nope", "3"]
+    assert cli.main(given) == 2
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nope 3 (see vla-energy memory --help)\n"
+
+
+def test_flags_of_the_fine_tuning_that_are_wrong_are_one_line(tmp_path):
+    def said(*flags: str) -> tuple[int, str, str]:
+        script = str(Path(__file__).parents[1] / "scripts" / "finetune_energy.py")
+        done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    code, _, error = said("--nope", "3")
+    assert code == 2 and error.startswith("error: unknown flag or value: --nope 3 (--help") and error.count("\n") == 1
+    code, _, error = said("--config_path", "nowhere.yaml")
+    assert code == 1 and "error: --config_path nowhere.yaml: No such file or directory; name a YAML file" in error
+    code, text, error = said("--help")
+    assert (code, error) == (0, "") and "--config_path configs/demo.yaml" in "".join(text.splitlines()[:6])
 
 
 def test_no_command_and_traceback(tmp_path, capsys):

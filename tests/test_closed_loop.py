@@ -17,8 +17,9 @@ import closed_loop
 from closed_loop_tables import ARMS, Row, agreement, arm_table, assemble, paired, report, task_table
 
 from vla_energy.actions import RawActions
+from vla_energy.arms import split_arm
 from vla_energy.rollout.interface import ARMS as KNOWN
-from vla_energy.rollout.interface import Decision, Request, split_arm
+from vla_energy.rollout.interface import Decision, Request
 
 NONE, ALL = [0] * 10, [1] * 10
 WON, LOST = [1] + [0] * 9, [0] + [1] * 9  # one pair more than none, one less than all

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from importlib import metadata
 
 import pytest
@@ -17,6 +18,14 @@ def test_completion_knows_commands_and_flags(shell, capsys):
     assert "preflight" in script and "--replan-every" in script
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_a_reader_that_leaves_is_no_error():
+    command = [sys.executable, "-m", "vla_energy.cli", "completion", "tcsh"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr and process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(60) in (0, 141) and process.stderr.read() == ""
 
 
 def test_completion_without_shtab_names_the_extra(monkeypatch, capsys):

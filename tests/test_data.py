@@ -170,6 +170,9 @@ def test_statistics_are_cached_beside_the_data_and_a_broken_cache_is_rebuilt_lou
     assert DatasetStatistics.from_dict(data).to_dict() == statistics.to_dict()
     assert data["num_trajectories"] == 4 and data["action"]["mask"] == [True] * 6 + [False]
     assert open_dataset(root).statistics.to_dict() == statistics.to_dict()
+    cache.write_text("[" * 100_000)  # deeper than json goes
+    with pytest.warns(UserWarning, match=cache.name):
+        assert open_dataset(root).statistics.to_dict() == statistics.to_dict()
     cache.write_text(cache.read_text()[:50])
     with pytest.warns(UserWarning, match=cache.name):
         assert open_dataset(root).statistics.to_dict() == statistics.to_dict()
@@ -275,7 +278,9 @@ def test_a_crop_that_leaves_the_image_is_refused(corner: tuple[float, float], si
 def test_configs_of_datasets_and_of_files(tmp_path: Path) -> None:
     assert LIBERO.wrist_image_key == "wrist_image" and LIBERO.action_mask == (True,) * 6 + (False,)
     assert dataset_config("metaworld_any").action_mask == (True, True, True, False)
-    with pytest.raises(DatasetError, match="libero_10_no_noops.*JSON or YAML.*image_key"):
+    with pytest.raises(
+        DatasetError, match=r"libero_10_no_noops.*JSON or YAML.*--dataset-config FILE.*--dataset_config FILE.*image_key"
+    ):
         dataset_config("mine")
     yaml, broken = tmp_path / "mine.yaml", tmp_path / "broken.json"
     yaml.write_text("mine: {image_key: front, proprio_keys: [joints]}\nbridge_orig: {image_key: image_1}\n")
@@ -356,6 +361,16 @@ def test_a_flipped_byte_is_traced_to_its_shard(root: Path) -> None:
     shard.write_bytes(data)
     with pytest.raises(DatasetError, match=f"{shard.name}.*record"):
         frames(dataset)
+
+
+def test_a_template_of_file_names_that_tfds_cannot_fill_is_told(root: Path) -> None:
+    info = root / NAME / "1.0.0" / "dataset_info.json"
+    template = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    text = info.read_text()
+    assert template in text
+    info.write_text(text.replace(template, template.replace("Y}", "}Y")))
+    with pytest.raises(DatasetError, match=r"dataset_info\.json: the file names of split 'train': .*template"):
+        open_dataset(root)
 
 
 def test_actions_that_are_not_finite_are_refused(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from vla_energy.backbones import load_openvla
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.config import EnergyConfig, RolloutsConfig, TemperatureConfig
 from vla_energy.data import DatasetError, RldsDataset
-from vla_energy.distributed import ALONE, RankError, Ranks
+from vla_energy.distributed import ALONE, RankError, Ranks, start
 from vla_energy.finetune import checkpoints, sharding
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.sharding import clip, is_shard
 from vla_energy.finetune.trainer import Trainer
+from vla_energy.pulse import Pulse
 
 GLOBAL = 8  # rows of a batch, over all ranks
 
@@ -326,6 +329,7 @@ def _fails(ranks: Ranks, runs: Path, what: str) -> None:
         with torch.no_grad():
             next(iter(trainer.parameters)).add_(1.0)
     trainer.config.check_ranks_every = 1
+    ranks.contact._pulse.patience = 10  # pyright: ignore[reportOptionalMemberAccess]
     real = trainer.train_step
 
     def step(*args: Any) -> Any:
@@ -335,6 +339,9 @@ def _fails(ranks: Ranks, runs: Path, what: str) -> None:
         if what == "killed" and own and trainer.step == 1:
             (runs / "failed_at").write_text(repr(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
+        if what in ("stopped", "main_stopped") and ranks.rank == (1 if what == "stopped" else 0) and trainer.step == 1:
+            (runs / "failed_at").write_text(repr(time.time()))
+            os.kill(os.getpid(), signal.SIGSTOP)
         return real(*args)
 
     trainer.train_step = step
@@ -360,21 +367,49 @@ def _refuse(text: str) -> Callable[..., Any]:
         ("weights", 2, None, r"after step 1: the ranks' weights differ"),
         ("killed", 2, 1, r"rank 1 ended without a word"),
         ("killed", 4, 1, r"rank 1 ended without a word"),
+        ("stopped", 2, 1, r"rank 1 gave no sign of life"),
+        ("main_stopped", 4, 0, r"rank 0 gave no sign of life"),
     ],
 )
 def test_what_ends_one_rank_is_told_by_the_others_and_ends_them(
     tmp_path: Path, what: str, world: int, own: int | None, told: str
 ) -> None:
-    found = run_ranks(world, _fails, tmp_path, tmp_path / "runs", what)
-    if what in ("step", "killed"):
+    found = run_ranks(world, _fails, tmp_path, tmp_path / "runs", what, left=own if "stopped" in what else None)
+    if what in ("step", "killed") or "stopped" in what:
         seconds = time.time() - float((tmp_path / "runs" / "failed_at").read_text())
         print(f"{what}, {world} ranks: all ended {seconds:.1f} s later")
         assert seconds < 60
     for rank, text in enumerate(found):
         if rank == own:
-            assert text == "killed" if what == "killed" else "RankError" not in text
+            assert text == "killed" if what == "killed" or "stopped" in what else "RankError" not in text
         else:
             assert text.startswith("RankError: ") and told in text, (rank, text)
+
+
+def _other_flags(ranks: Ranks, runs: Path) -> None:
+    Trainer(_config(runs, ranks.world, max_steps=3 + ranks.rank), ranks)
+
+
+def test_ranks_with_other_flags_are_refused_on_all(tmp_path: Path) -> None:
+    found = run_ranks(2, _other_flags, tmp_path, tmp_path / "runs")
+    assert found == ["FlagError: --max_steps is 3 on rank 0 and 4 on rank 1: start all alike"] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_the_others_never_join_ends(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that failed before: a wrong flag, an import."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("vla_energy.distributed.MEETING", timedelta(seconds=2))
+    with (
+        pytest.raises(RankError, match=rf"process {rank} met not all 2 .* 127\.0\.0\.1:{port} within 2 s"),
+        start("cpu"),
+    ):
+        pass
 
 
 def test_the_script_under_torchrun(tmp_path: Path) -> None:
@@ -420,3 +455,35 @@ def test_a_single_process_exchanges_nothing() -> None:
     with pytest.raises(ValueError, match="mine"):
         ALONE.on_main(lambda: (_ for _ in ()).throw(ValueError("mine")))
     assert issubclass(RankError, RuntimeError)
+
+
+def test_who_is_silent_is_counted_in_own_beats() -> None:
+    class Shelf(dict[str, bytes]):
+        def set(self, key: str, value: str) -> None:
+            self[key] = value.encode()
+
+        def check(self, keys: list[str]) -> bool:
+            return all(key in self for key in keys)
+
+        def get(self, key: str) -> bytes:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return self[key]
+
+    shelf = Shelf()
+    pulse = Pulse(shelf, 0, 3)
+    pulse.end()
+    assert pulse.beats >= 1 and shelf["beat/0"] == str(pulse.beats - 1).encode() and not pulse.lost
+    pulse.patience = 3
+    for beat in range(6):
+        shelf.set("beat/1", str(beat))
+        if beat < 2:
+            shelf.set("beat/2", str(beat))
+        pulse._beat()
+        assert pulse.silent == ([2] if beat >= 4 else [])  # three looks after the last sign
+    shelf.set("beat/2", "back")
+    pulse._beat()
+    assert not pulse.silent
+    others = Pulse(shelf, 0, 4)  # rank 3 was never heard: it may still start
+    others.end()
+    for _ in range(40):
+        others._beat()
+    assert others.silent == [1, 2]

@@ -134,6 +134,26 @@ def test_a_flag_that_does_not_exist_is_found(monkeypatch: pytest.MonkeyPatch) ->
             parse(command, patch)
 
 
+def _flag(command: str, name: str) -> str:
+    words = shlex.split(command)
+    return words[words.index(name) + 1] if name in words else ""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_latest_is_written_by_the_run_before_it(path: Path) -> None:
+    """Only --save_latest_checkpoint_only makes runs/NAME/latest; else it is runs/NAME--STEPS_chkpt."""
+    only_steps: set[str] = set()
+    for command in commands(path.read_text(encoding="utf-8")):
+        missing = [name for name in only_steps if f"runs/{name}/latest" in command]
+        assert not missing, f"{command}: the run {missing} has no --save_latest_checkpoint_only True"
+        if "scripts/finetune_energy.py" in command:
+            config, name = _flag(command, "--config_path"), _flag(command, "--run_id_override")
+            text = (ROOT / config).read_text() if config else ""
+            kept = _flag(command, "--save_latest_checkpoint_only") or str("save_latest_checkpoint_only: true" in text)
+            name = name or "".join(re.findall(r"^run_id_override: (.+)$", text, re.MULTILINE))
+            (only_steps.discard if kept == "True" else only_steps.add)(name)
+
+
 @pytest.mark.parametrize("command", QUICK)
 def test_quick_commands_run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(command)

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from vla_energy.backbones import load_openvla
+from vla_energy.backbones.config import CheckpointFolderError
+from vla_energy.backbones.tiny import EMBEDDED
 from vla_energy.checkpoint import CheckpointError
 from vla_energy.config import EnergyConfig
 from vla_energy.durable import MANIFEST, check_seal, read_torch, seal
@@ -70,6 +73,25 @@ def test_a_damaged_manifest_is_told(sealed: Path, text: str) -> None:
     (sealed / MANIFEST).write_text(text)
     with pytest.raises(CheckpointError, match=f"{MANIFEST} is damaged"):
         check_seal(sealed)
+
+
+@pytest.mark.parametrize("pattern", ["model.safetensors", "action_head--*", "proprio_projector--*"])
+def test_a_flipped_bit_of_a_sealed_policy_is_told_before_it_acts(tmp_path: Path, pattern: str) -> None:
+    """One of an exponent makes an action of 1e36, which is finite."""
+    folder = tmp_path / "policy"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "training_state.pt").write_bytes(b"state")
+    seal(folder, 7)
+    (folder / "training_state.pt").unlink()  # no part of the policy
+    load_openvla(folder, use_proprio=True)
+    (path,) = folder.glob(pattern)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointFolderError, match=rf"{path.name} is damaged.*delete its {MANIFEST}"):
+        load_openvla(folder, use_proprio=True)
+    (folder / MANIFEST).unlink()
+    load_openvla(folder, use_proprio=True)
 
 
 def test_hostile_states_are_refused_before_they_cost_memory(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from vla_energy import EnergyConfig, EnergyHead, Reranker
 from vla_energy.checkpoint import save_head
 from vla_energy.fallback import Fallback
-from vla_energy.rerank import CompatibilityError
+from vla_energy.rerank import CompatibilityError, EnergyError
 from vla_energy.rollout.interface import Request
 from vla_energy.rollout.policy import CheckpointPolicy
 from vla_energy.rollout.world import Observation
@@ -56,6 +56,20 @@ def test_a_reranker_falls_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> N
         _reranker(strict=True)(context, mask, candidates)
     with pytest.raises(CompatibilityError):
         reranker(context[..., :5], mask, candidates)
+
+
+def test_a_head_without_numbers_is_no_shut_gate(caplog: pytest.LogCaptureFixture) -> None:
+    """NaN weights: nothing is chosen, which must not pass for a gate that stays shut."""
+    context, mask, candidates = torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool), torch.randn(3, 5, 2, 3)
+    context[1] = torch.nan
+    reranker = _reranker(strict=False)
+    result = reranker(context, mask, candidates)
+    assert reranker.fallback.counts == {"EnergyError": 1} and "own chunk is not finite (row 1)" in caplog.text
+    assert not result.accepted[1] and result.energies[[0, 2]].isfinite().all(), "the other rows are reranked"
+    with pytest.raises(EnergyError, match="row 1"):
+        _reranker(strict=True)(context, mask, candidates)
+    candidates[1, 0] = torch.inf  # no number is expected for a chunk that is none
+    _reranker(strict=True)(context.nan_to_num(), mask, candidates)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +126,20 @@ def test_a_policy_falls_back_bit_for_bit_wherever_it_fails(
         assert request.generator.initial_seed() in (0, 1)
     assert policy.fallback.counts == {"IndexError": 1} and f"arm {arm} failed" in caplog.text
     with pytest.raises(IndexError, match="a bug"):
+        strict.act(_requests(), arm)
+
+
+@pytest.mark.parametrize("arm", ["rerank", "refine", "replan"])
+def test_a_policy_with_a_broken_head_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch, arm: str) -> None:
+    strict, policy = (CheckpointPolicy(folder, strict=strict) for strict in (True, False))
+    expected = policy.act(_requests(), "policy")
+    forward = EnergyHead.forward
+    monkeypatch.setattr(EnergyHead, "forward", lambda self, *args: forward(self, *args) * torch.nan)
+    decisions = policy.act(_requests(), arm)
+    assert policy.fallback.counts == {"EnergyError": 1}
+    assert all(decision.telemetry == {"fallback": 1.0} for decision in decisions)
+    assert all(np.array_equal(a.actions.values, b.actions.values) for a, b in zip(expected, decisions, strict=True))
+    with pytest.raises(EnergyError, match="own chunk"):
         strict.act(_requests(), arm)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 
 from vla_energy import cli
 from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError, load_statistics
+from vla_energy.arms import BOTH
 from vla_energy.backbones.tiny import EMBEDDED
 from vla_energy.checkpoint import save_head
 from vla_energy.config import CandidatesConfig, EnergyConfig, HeadConfig, RetrievalConfig
@@ -23,7 +25,6 @@ from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.gates import save_gates
 from vla_energy.head import EnergyHead
 from vla_energy.memory import ChunkMemory
-from vla_energy.modes import BOTH
 from vla_energy.rerank import MARGIN_KEY
 from vla_energy.rollout.interface import Request
 from vla_energy.rollout.policy import CheckpointPolicy, load_policy
@@ -193,6 +194,23 @@ def test_memory_is_built_beside_the_checkpoint(
     assert torch.equal(memory.episodes, _all(frames, lambda batch: batch.episodes))
     found = memory.nearest(frames[0].context, frames[0].context_mask, frames[0].policy, 1)
     assert torch.equal(found.chunks[:, 0], frames[0].expert) and found.distances.max() < 0.05
+
+
+def test_a_dataset_of_ones_own_is_remembered_like_a_known_one(
+    built: Path, own_data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, fields = own_data
+    folder = _copy(tmp_path / "vla")
+    given = ["--checkpoint", str(folder), "--data-root-dir", str(root), "--dataset-name", "my_robot"]
+    assert cli.main(["memory", *given]) == 2
+    assert "unknown dataset 'my_robot'" in (said := capsys.readouterr().err) and "--dataset-config FILE" in said
+    assert cli.main(["memory", *given, "--max-frames", "70", "--dataset-config", str(fields)]) == 0
+    assert (folder / MEMORY).read_bytes() == (built / MEMORY).read_bytes()
+    (folder / MEMORY).unlink()
+    capsys.readouterr()
+    assert cli.main(["memory", *given, "--max-frames", "9", "--dataset-config", str(fields), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["frames"] == 9 and told["path"] == str(folder / MEMORY) and told["bytes"] > 0
 
 
 def test_a_second_memory_is_refused_and_the_first_one_stays(built: Path, capsys: pytest.CaptureFixture[str]) -> None:

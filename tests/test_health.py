@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_energy.config import EnergyConfig, MonitorConfig
-from vla_energy.health import REPEAT_AFTER, SYMPTOMS, HealthWatch
+from vla_energy.config import SOURCES, EnergyConfig, MonitorConfig
+from vla_energy.health import REPEAT_AFTER, SYMPTOMS, WORSE, HealthWatch
 
 HEALTHY = {
     "energy/info_nce": 1.2,
@@ -22,7 +22,10 @@ HEALTHY = {
     "energy/skips": 0.0,
     "energy/skips/nonfinite": 0.0,
     "energy/win_rate/in_batch": 0.9,
-    "energy/win_rate/policy_noise": 0.6,
+    "energy/win_rate/policy": 0.01,
+    "energy/win_rate/policy_noise": 0.2,
+    "energy/win_rate/layer_exit_3": 0.1,
+    "energy/spearman": 0.5,
     "energy/masked_share": 0.1,
     "energy/no_negatives": 0.0,
     "energy/alignment": 0.3,
@@ -106,7 +109,8 @@ def test_told_when_it_begins_then_every_twentieth_and_again_after_it_had_gone(na
     [
         ("saturated", 0.5),
         ("std_row", 1e-4),
-        ("win_rate/policy", 0.4),
+        ("win_rate/in_batch", 0.4),
+        ("spearman", -0.02),
         ("masked_share", 0.5),
         ("alignment", 0.0),
         ("min", -1e4),
@@ -160,14 +164,33 @@ def test_a_metric_that_is_not_finite_is_judged_no_further() -> None:
 def test_sources_that_win_are_named_one_by_one() -> None:
     run = Run()
     first = {"energy/win_rate/in_batch": 0.1}
-    both = {**first, "energy/win_rate/layer_exits": 0.2}
+    both = {**first, "energy/win_rate/expert_noise": 0.2}
     run.update(**first)
     run.update(**both)
     (warning,) = run.update(**both)
-    assert "in_batch 0.1" in warning and "layer_exits" not in warning
+    assert "in_batch 0.1" in warning and "expert_noise" not in warning
     (warning,) = run.update(**both)
-    assert "in_batch 0.1" in warning and "layer_exits 0.2" in warning
+    assert "in_batch 0.1" in warning and "expert_noise 0.2" in warning
     assert run.update(**both) == []
+
+
+def test_energies_that_fall_with_the_distance_are_backwards_whatever_the_sources() -> None:
+    run = Run()
+    for _ in range(2):
+        assert run.feed({"energy/win_rate/samples": 0.9, "energy/spearman": -0.3}) == []
+    (warning,) = run.feed({"energy/win_rate/samples": 0.9, "energy/spearman": -0.3})
+    assert warning.startswith("energy/spearman -0.3, below -0.02 for 3 updates: ") and _anchors([warning]) == [
+        "backwards"
+    ]
+
+
+def test_a_good_policy_may_win_for_ever() -> None:
+    run = Run()
+    assert set(WORSE) <= set(SOURCES)
+    good = {
+        f"energy/win_rate/{name}": 0.0 for name in (*SOURCES, "policy", "layer_exit_1", "failed") if name not in WORSE
+    }
+    assert [run.update(**good) for _ in range(2 * REPEAT_AFTER)] == [[]] * 2 * REPEAT_AFTER
 
 
 def test_skips_are_counted_since_the_last_update_and_the_reason_is_named() -> None:
@@ -203,7 +226,9 @@ def test_a_count_that_begins_anew_is_no_recovery_and_a_reason_keeps_its_own_whil
 
 def test_names_that_only_begin_alike_are_not_judged() -> None:
     run = Run()
-    assert [run.update(**{"energy/alignment_std": -1.0, "energy/win_rates": 0.0}) for _ in range(5)] == [[]] * 5
+    assert [run.update(**{"energy/alignment_std": -1.0, "energy/win_rate/in_batches": 0.0}) for _ in range(5)] == [
+        []
+    ] * 5
 
 
 def test_bad_input_is_refused_and_changes_nothing() -> None:
@@ -250,8 +275,9 @@ STREAMS = st.lists(
             "energy/skips": st.floats(0, 500),
             "energy/skips/too_large": st.floats(0, 500),
             "energy/skips/nonfinite": st.floats(0, 500),
-            "energy/win_rate/a": _values(0.1, 0.3, 0.5),
-            "energy/win_rate/b": _values(0.1, 0.3, 0.5),
+            "energy/win_rate/in_batch": _values(0.1, 0.3, 0.5),
+            "energy/win_rate/shuffle": _values(0.1, 0.3, 0.5),
+            "energy/spearman": _values(-0.1, -0.5, 0.5),
             "energy/alignment": _values(-0.5, -0.1, 0.4),
             "energy/min": st.floats(),
             "energy/max": st.floats(),
@@ -295,7 +321,7 @@ _HISTORY = st.lists(st.sampled_from([-0.5, -0.5, -0.5, -0.5, -0.5, -0.5, 0.5, No
 
 
 @settings(max_examples=25, deadline=None)
-@given(_HISTORY, st.sampled_from(["alignment", "win_rate/a", "std_row"]))
+@given(_HISTORY, st.sampled_from(["alignment", "win_rate/in_batch", "std_row"]))
 def test_what_is_told_equals_the_naive_twin(history: list[float | None], name: str) -> None:
     is_ill: list[bool | None] = []
     for now, value in enumerate(history):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import draccus
 import numpy as np
 import pytest
 import torch
@@ -38,7 +40,7 @@ from vla_energy.finetune.flags import parse_flags
 from vla_energy.gates import load_gates
 from vla_energy.memory import ChunkMemory
 from vla_energy.preflight.trials import TrialsError
-from vla_energy.report.runs import read_rows
+from vla_energy.results import read_rows
 from vla_energy.rollout.spool import load_episode, load_layout
 
 DEEP = "[" * 100_000
@@ -48,7 +50,7 @@ def _reseal(folder: Path, **changes: str) -> None:
     path = next(folder.glob("*.safetensors"))
     with safe_open(str(path), framework="pt") as file:
         metadata, tensors = {**file.metadata(), **changes}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, str(path), {**metadata, "sha256": checkpoint._digest(tensors, metadata)})
+    save_file(tensors, str(path), {**metadata, "sha256": checkpoint.digest(tensors, metadata)})
 
 
 @pytest.mark.parametrize(
@@ -78,6 +80,7 @@ def test_a_strangers_head_with_a_true_checksum(tmp_path: Path, changes: dict[str
         ("keys", lambda value: torch.full_like(value, torch.nan), "keys has numbers that are not finite"),
         ("mean", lambda value: value[:3], "tokens=5"),
         ("basis", lambda value: value.flatten(), "basis is"),
+        ("basis", lambda value: value.sum(), "damaged"),
         ("chunks", lambda value: value[:, 0], r"expected \(M,H,A\)"),
         ("chunks", lambda value: value[:0], r"expected \(M,H,A\)"),
         ("episodes", lambda value: value.float(), "episodes is .* expected .* torch.int64"),
@@ -89,7 +92,8 @@ def test_a_memory_whose_parts_do_not_fit(tmp_path: Path, name: str, change: Call
     path = next(tmp_path.glob("*.safetensors"))
     with safe_open(str(path), framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file({**tensors, name: change(tensors[name]).contiguous()}, str(path), metadata)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, str(path), {**metadata, "sha256": checkpoint.digest(tensors, metadata)})
     with pytest.raises(CheckpointError, match=told):
         ChunkMemory.load(tmp_path)
 
@@ -100,7 +104,8 @@ def test_a_memory_with_an_encoder_that_cannot_be(tmp_path: Path, text: str) -> N
     path = next(tmp_path.glob("*.safetensors"))
     with safe_open(str(path), framework="pt") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    save_file(tensors, str(path), {**metadata, "encoder": text})
+    metadata = {**metadata, "encoder": text}
+    save_file(tensors, str(path), {**metadata, "sha256": checkpoint.digest(tensors, metadata)})
     with pytest.raises(CheckpointError, match=path.name):
         ChunkMemory.load(tmp_path)
 
@@ -259,14 +264,74 @@ def test_datasets_described_with_wrong_types(tmp_path: Path, entry: dict[str, An
         dataset_config("demo", path)
 
 
+def _bomb(levels: int) -> str:
+    """YAML that stands for 10 ** levels values, as the items of a dictionary."""
+    rows = [f"a0: &a0 [{', '.join(['1'] * 10)}]"]
+    rows += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, levels)]
+    return "\n".join(rows) + "\n"
+
+
+def test_aliases_that_stand_for_too_much(tmp_path: Path) -> None:
+    path, flags, started = tmp_path / "data.yaml", tmp_path / "flags.yaml", time.monotonic()
+    for text in ("demo: {image_key: *a8}", "demo: *a8", "demo: {proprio_keys: *a8}", "", "*a8 : 1"):
+        path.write_text(_bomb(9) + text)
+        with pytest.raises(DatasetError, match=rf"{path}, line 2: aliases are not read here"):
+            dataset_config("demo", path)
+    path.write_text(DEEP)
+    with pytest.raises(DatasetError, match="nests more than 100 levels deep"):
+        dataset_config("demo", path)
+    path.write_text("demo: &a {image_key: &front front}")
+    assert dataset_config("demo", path).image_key == "front"
+    for text in ("batch_size: *a8", "energy: *a8", "lora_dropout: *a8", "vla_path: *a8", ""):
+        flags.write_text(_bomb(9) + text)
+        for arguments in ((flags, []), (None, ["--config_path", str(flags)]), (None, [f"--config_path={flags}"])):
+            with pytest.raises(FlagError, match="stand for more than 10,000 values"):
+                parse_flags(*arguments)
+    for text in ("a: &a [*a]", "energy: &a {b: [1, *a]}"):
+        flags.write_text(text)
+        with pytest.raises((FlagError, draccus.ParsingError)):
+            parse_flags(flags, [])
+    flags.write_text("batch_size: &two 2\ngrad_accumulation_steps: *two\n")
+    assert parse_flags(flags, []).grad_accumulation_steps == 2
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "x" * 10**6, ["x" * 10**6] * 3, {"image_key": ["x" * 99] * 10**4}, {"gripper": "x" * 10**6},
+        {"proprio_keys": "x" * 10**6}, {"proprio_keys": ["[" + "x" * 10**6]}, {"action_mask": [0] * 10**6},
+        {"drop_first_step": {f"{i}": [i] * 99 for i in range(10**4)}}, {"x" * 10**6: 1},
+        {f"{i}": 1 for i in range(10**5)},
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_errors_of_datasets_show_little_of_long_values(tmp_path: Path, entry: Any) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"demo": entry}))
+    with pytest.raises(DatasetError, match=r"data.json: demo") as error:
+        dataset_config("demo", path)
+    assert len(str(error.value)) < 2_000
+    path = path.with_suffix(".yaml")
+    path.write_text("demo: {gripper: 0x" + "f" * 10_000 + "}")
+    with pytest.raises(DatasetError, match="a very large int|<int instance"):
+        dataset_config("demo", path)
+
+
 @pytest.mark.parametrize("text", ["just words", "a: [", "\0", "- 1\n- 2", DEEP, "{1: {2: 3}}"])
 def test_a_flags_file_that_is_none(tmp_path: Path, text: str) -> None:
-    import draccus
-
     path = tmp_path / "flags.yaml"
     path.write_text(text)
     with pytest.raises((FlagError, draccus.ParsingError)):
         parse_flags(path, [])
+
+
+@pytest.mark.parametrize("name", ["batch_size", "precision", "run_root_dir", "learning_rate", "energy"])
+def test_a_flag_without_a_value(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "flags.yaml"
+    path.write_text(json.dumps({"batch_size": 2, name: None}))
+    with pytest.raises((FlagError, draccus.ParsingError), match=name):
+        parse_flags(path, []).check()
 
 
 def test_recorded_episodes_that_are_damaged(tmp_path: Path) -> None:
@@ -323,6 +388,44 @@ def test_a_policys_config_that_cannot_be(tiny_folder: Path, tmp_path: Path, chan
     (tmp_path / "config.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointFolderError, match=rf"config.json: .*{told}"):
         load_openvla(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "told"),
+    [
+        ({"a": ["x"]}, "'a': expected a file's name, not list"),
+        ({"a": {}}, "'a': expected a file's name, not dict"),
+        ({"a": 3}, "'a': expected a file's name, not int"),
+        ({"a": None}, "'a': expected a file's name, not NoneType"),
+        ({"a": "model.safetensors", "b": 5}, "'b': expected a file's name, not int"),
+        ({"a": "x" * 5_000}, "'xxx.* is not the name of a file"),
+        ({"a": "../x"}, "'../x' is not the name of a file"),
+        ({"a": "/etc/passwd"}, "'/etc/passwd' is not the name of a file"),
+        ({"a": ".."}, ".. not found"),
+        ({"a": ""}, "'' is not the name of a file"),
+        ({"a": "a\0b"}, "is not the name of a file"),
+        ({"a": "\ud800"}, "is not the name of a file"),
+        ({"a": "é" * 200}, "éé not found"),
+        ({"a": "none.safetensors"}, "none.safetensors not found"),
+        ([], "no weight_map"),
+    ],
+)
+def test_an_index_of_weights_that_names_no_files(tmp_path: Path, weight_map: Any, told: str) -> None:
+    chaos_targets._sharded(tmp_path)
+    (tmp_path / chaos_targets.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointFolderError, match=rf"{tmp_path.name}.*{told}") as error:
+        load_openvla(tmp_path)
+    assert len(str(error.value)) < 1_000
+
+
+def test_weights_in_two_files_are_the_ones_in_one(tmp_path: Path) -> None:
+    chaos_targets._sharded(tmp_path)
+    whole, parts = load_openvla(chaos_targets.EMBEDDED), load_openvla(tmp_path)
+    assert all(torch.equal(value, parts.state_dict()[name]) for name, value in whole.state_dict().items())
+    for text in (DEEP, '{"weight_map": ' + DEEP, "[]", "\0"):
+        (tmp_path / chaos_targets.INDEX).write_text(text)
+        with pytest.raises(CheckpointFolderError, match=chaos_targets.INDEX):
+            load_openvla(tmp_path)
 
 
 def test_a_policys_parts_that_unpack_to_more_than_they_are(tiny_folder: Path, tmp_path: Path) -> None:

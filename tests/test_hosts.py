@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -243,8 +244,20 @@ def test_a_resume_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"other values of --energy\.loss\.info_nce \("):
         resume(loss=other.loss)
     state = folder / "energy_state--1_checkpoint.pt"
+    whole = torch.load(state, weights_only=True)
     state.write_bytes(state.read_bytes()[:100])
     with pytest.raises(CheckpointError, match="damaged"):
+        resume()
+    for content in ({"step": 1}, [1], {"step": 1, "guard": {"counters": {}}}, {"step": "x", "guard": whole["guard"]}):
+        torch.save(content, state)
+        with pytest.raises(CheckpointError, match=rf"{state.name} is damaged \("):
+            resume()
+    torch.save({**whole, "more": torch.zeros(1).expand(2**40)}, state)
+    with pytest.raises(CheckpointError, match=rf"{state.name} is damaged.*not stored whole"):
+        resume()
+    with zipfile.ZipFile(state, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10**7))
+    with pytest.raises(CheckpointError, match=rf"{state.name} is damaged.*compressed"):
         resume()
     state.unlink()
     with pytest.raises(CheckpointError, match="0 files energy_state"):

@@ -96,5 +96,5 @@ def test_what_cannot_be_converted_is_named(lerobot: Path, tmp_path: Path, monkey
         _convert(monkeypatch, lerobot, tmp_path / "data", "--wrist", "observation.images.wrist")
     info = lerobot / "meta" / "info.json"
     info.write_text(info.read_text().replace("v2.1", "v3.0"))
-    with pytest.raises(ValueError, match=r"is v3.0: convert it to v2.1"):
+    with pytest.raises(ValueError, match=r"is v3.0, and v2.0 and v2.1 are read here: take .*revision .v2.1."):
         _convert(monkeypatch, lerobot, tmp_path / "data")

@@ -145,6 +145,11 @@ def test_bad_input(memory: ChunkMemory, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="chunk_memory--"):
         ChunkMemory.load(tmp_path)
     path = memory.save(tmp_path, 1)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # one bit of a number
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="does not match its checksum"):
+        ChunkMemory.load(path)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match="damaged"):
         ChunkMemory.load(path)

@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
+from vla_energy.arms import BOTH, split_arm
 from vla_energy.candidates import Source
 from vla_energy.config import CandidatesConfig, EnergyConfig, HeadConfig, RefineConfig, ReplanConfig, RetrievalConfig
 from vla_energy.head import EnergyHead
 from vla_energy.memory import ChunkMemory, MemoryBatch
-from vla_energy.modes import BOTH, Advisor, Frame, Plan, replan
+from vla_energy.modes import Advisor, Frame, Plan, replan
 from vla_energy.rerank import Reranker
-from vla_energy.rollout.interface import ARMS, Decision, check_arms, split_arm
+from vla_energy.rollout.interface import ARMS, Decision, check_arms
 from vla_energy.rollout.run import run_rollouts
 
 B, S, D, L, H, A = 4, 5, 16, 4, 8, 2

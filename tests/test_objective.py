@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from vla_energy.config import PRESETS, SOURCES, EnergyConfig, HeadConfig, LossConfig
 from vla_energy.head import EnergyHead, HeadOutput
+from vla_energy.health import HealthWatch
 from vla_energy.objective import EnergyObjective
 from vla_energy.sources import ActionTraits, build_negatives
 
@@ -54,6 +56,40 @@ def test_a_short_training_ranks_held_out_experts_first() -> None:
     assert metrics["energy/spearman"] > 0.8
     assert metrics["energy/spearman/policy_noise"] > 0.3
     assert metrics["energy/centre_l1_1"] < 0.2  # 0.5 at the start
+
+
+class HighIsGood(torch.nn.Module):
+    """A head with a sign error: its energies are negated once too often."""
+
+    def __init__(self, head: EnergyHead) -> None:
+        super().__init__()
+        self.module = head
+
+    def forward(self, *args: Any, **kwargs: Any) -> HeadOutput:
+        output = self.module(*args, **kwargs)
+        return output._replace(energies=-output.energies)
+
+
+@pytest.mark.parametrize("sign_error", [False, True])
+def test_a_sign_error_is_told_and_a_policy_that_wins_is_not(sign_error: bool) -> None:
+    config = EnergyConfig()
+    head, objective = make(config)
+    if sign_error:
+        objective = EnergyObjective(HighIsGood(head), config)
+    optimiser = torch.optim.AdamW(head.parameters(), 2e-3)
+    draws, watch, told = generator(), HealthWatch(config.monitor), []
+    for step in range(5):
+        loss, metrics = objective(*batch(16, draws), draws, step)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        told += watch.update(step + 1, {name: float(value) for name, value in metrics.items()})
+    backwards = [warning for warning in told if "#backwards" in warning]
+    if sign_error:
+        assert len(backwards) == 1 and "energy/win_rate/expert_noise 0.0" in backwards[0] and "sign" in backwards[0]
+        assert "energy/spearman -0.9" in backwards[0] and metrics["energy/win_rate/policy"] > 0.8
+    else:
+        assert not backwards and metrics["energy/win_rate/policy"] < 0.4, "a young head beside a good policy"
 
 
 def test_the_centre_is_trained_by_its_own_loss_alone() -> None:

@@ -144,6 +144,19 @@ def test_both_readmes_have_the_same_commands_and_links() -> None:
     assert links[0] <= links[1]
 
 
+def test_the_first_page_of_the_readme_fits_a_screen() -> None:
+    """Above the first section, in rows as GitHub sets them: 35.5 here were 885 pixels in Chromium, 1280 wide."""
+    page = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[0]
+    page = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", page).replace("*", "").replace("`", "")
+    rows = 0.0
+    for line in page.splitlines():
+        if line.startswith("|") and "---" not in line:
+            rows += 0.5 + max(-(-len(cell) // 62) for cell in line.strip("|").split("|"))
+        elif line.strip() and "---" not in line:
+            rows += -(-len(line) // 125)
+    assert rows <= 38, f"{rows} rows: a screen of 1080 pixels has 38 to spare"
+
+
 def test_documented_flags_of_training_exist() -> None:
     text = "\n".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/fine-tune.md"))
     commands = re.findall(r"^python scripts/finetune_energy\.py((?:.*\\\n)*.*)$", text, re.MULTILINE)
@@ -153,3 +166,24 @@ def test_documented_flags_of_training_exist() -> None:
     assert {flag.split(".")[0] for flag in flags} <= known
     for name in re.findall(r"configs/[\w.]+\.yaml", text):
         assert (ROOT / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("part", "never"),
+    [
+        ("backbones", ("data", "finetune", "rollout", "preflight", "report", "hosts", "doctor")),
+        ("data", ("backbones", "finetune", "rollout", "preflight", "report", "hosts", "doctor")),
+        ("finetune", ("rollout", "preflight", "report", "hosts", "doctor")),
+        ("rollout", ("finetune", "preflight", "report", "hosts", "doctor")),
+        ("report", ("backbones", "data", "finetune", "rollout", "preflight", "hosts", "doctor")),
+        ("hosts", ("backbones", "data", "finetune", "rollout", "preflight", "report", "doctor")),
+    ],
+)
+def test_a_part_imports_none_that_stands_on_it(part: str, never: tuple[str, ...]) -> None:
+    """As docs/design.md draws it; lazy imports count."""
+    pattern = re.compile(rf"^\s*(?:from|import) vla_energy\.({'|'.join(never)})\b", re.MULTILINE)
+    found = {
+        path.name: pattern.findall(path.read_text(encoding="utf-8"))
+        for path in sorted((ROOT / "vla_energy" / part).glob("*.py"))
+    }
+    assert not {name: parts for name, parts in found.items() if parts}

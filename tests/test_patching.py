@@ -516,6 +516,8 @@ def test_the_command_on_what_does_not_fit(host, patch_path, tmp_path, capsys):
     assert "has no file exam.py; it has scripts/train.py" in capsys.readouterr().err
     assert cli.main(["patch", "check", str(tmp_path), "--patch", str(patch_path), "--json"]) == 1
     captured = capsys.readouterr()
+    assert cli.main(["patch", "check", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
     assert "is no checkout" in json.loads(captured.out)["problem"] and "is no checkout" in captured.err
 
 

@@ -284,6 +284,19 @@ def test_the_command_on_the_shipped_policy(
     assert "is replaced: dance: retrieve@2 becomes off; if trials told" in caplog.text
 
 
+def test_the_command_on_a_dataset_of_ones_own(
+    own_data: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, (root, fields) = shutil.copytree(TINY, tmp_path / "policy"), own_data
+    data = ["--checkpoint", str(folder), "--data-root-dir", str(root), "--dataset-name", "my_robot"]
+    assert main(["memory", *data, "--max-frames", "64", "--dataset-config", str(fields)]) == 0
+    out = ["--max-frames", "32", "--out", str(tmp_path / "out")]
+    assert main(["preflight", *data, *out]) == 2 and "--dataset-config FILE" in capsys.readouterr().err
+    assert main(["preflight", *data, *out, "--dataset-config", str(fields)]) == 0
+    settings = json.loads((tmp_path / "out" / "preflight.json").read_text())["settings"]
+    assert settings["dataset_name"] == "my_robot" and settings["dataset_config"] == str(fields)
+
+
 JUDGED = {"fingerprint": "f", "arms": ("policy", "retrieve", "rerank", "refine"), "horizon": 8}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,10 +14,12 @@ from report_fixture import footage, metrics, preflight, rollout, rows, write_run
 from vla_energy import cli
 from vla_energy.fingerprint import fingerprint
 from vla_energy.report.compare import differing_settings
-from vla_energy.report.curves import PLOTS, series_of
+from vla_energy.report.curves import ALARM, COLOURS, PLOTS, draw, series_of, spans_not_finite
+from vla_energy.report.figures import CHANCE
 from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
-from vla_energy.report.runs import ReportError, Run, read_rows, read_run, read_runs
+from vla_energy.report.runs import ReportError, Run, read_run, read_runs
+from vla_energy.results import read_rows
 
 _VOID = {"meta", "br", "link", "img", "input"}
 _SVG = "{http://www.w3.org/2000/svg}"
@@ -106,6 +109,10 @@ def test_runs_are_compared(tmp_path: Path) -> None:
     curve = ElementTree.tostring(_drawings(page)["Policy L1"], encoding="unicode")
     assert all(f">{name}</" in curve for name in ("a", "b", "train", "held out"))
     assert "Win rate in training" not in _drawings(page)
+    for kind in ("plane through policy and expert", "one step of the chunk moved", "Gate by its margin, held out"):
+        captions = [text.split("</figcaption>")[0] for text in page.split("<figcaption>")[1:]]
+        named = [text.split(":")[0] for text in captions if text.endswith(kind)]
+        assert named == (["a", "b"] if kind.startswith("Gate") else ["a", "a", "b", "b"])
     assert "Ranking by kind of negative, last row of training" in _drawings(page)
     assert page.count("<img") == 2 and "<td>learning_rate</td><td>0.001</td><td>0.0005</td>" in page
 
@@ -115,6 +122,67 @@ def test_curves_leave_out_what_was_not_finite() -> None:
     assert steps == [1, 2, 4, 5] and values == [0.2] * 4
 
 
+def _spoilt(folder: Path, value: object, after: int = 11, steps: int = 30) -> Path:
+    """A run whose energies and validations are `value` after a step."""
+    home = write_run(folder)
+    spoilt = [
+        {k: value if k.startswith(("energy/", "val/")) and row["step"] > after else v for k, v in row.items()}
+        for row in rows(steps)
+    ]
+    (home / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in spoilt))
+    return home
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("-inf"), 10**400])
+def test_what_is_not_finite_is_said_first_and_marked(tmp_path: Path, value: object) -> None:
+    run = read_run(_spoilt(tmp_path / "a", value))
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    _is_whole(page)
+    # 19 rows of training and the validation; step 3's gradient norm is null in every one of the fixture's runs.
+    told = page.index("21 of 31 rows hold a metric that is not finite, from step 3 on")
+    assert told < page.index("<div class='cards'>") and "energy/loss (from step 12 on, 19 rows)" in page
+    assert run.not_finite()["val/energy/spearman"] == [30]
+    curves = page[page.index("<h2>Curves</h2>") :]
+    assert "Not every value is finite (from step 3 on)" in curves
+    assert "Not finite (red at the bottom): 19 rows from step 12 to 30." in curves
+    drawings = _drawings(page)
+    for title in ("Energy loss", "Energies", "Gradient norm of the head"):
+        assert ALARM in ElementTree.tostring(drawings[title], encoding="unicode")
+    # The last tick of a curve that ends at 11 is that of the whole run.
+    assert _ticks(drawings["Energy loss"]) == _ticks(drawings["Speed"]) and "30" in _ticks(drawings["Energy loss"])
+    # A metric that is never finite is drawn as such; it does not drop out of the page.
+    assert "no value is finite" in ElementTree.tostring(drawings["Win rate, held out"], encoding="unicode")
+    assert "<td>energy/loss</td><td>not finite</td>" in page
+
+
+def _ticks(svg: ElementTree.Element) -> list[str]:
+    axis = next(part for part in svg.iter(f"{_SVG}g") if part.get("id", "").endswith("matplotlib.axis_1"))
+    return ["".join(text.itertext()) for text in axis.iter(f"{_SVG}text")]
+
+
+def test_not_finite_by_run_and_not_by_design(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"step": 1, "energy/loss": 1.0, "val/gate/margin": None, "val/gate/worse": None}
+    fine = tmp_path / "fine"
+    fine.mkdir()
+    (fine / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    runs = read_runs([fine, _spoilt(tmp_path / "bad", None)])
+    assert runs[0].not_finite() == {} and "<div class='box'" not in write_report(
+        runs[:1], tmp_path / "r.html"
+    ).read_text(encoding="utf-8")
+    page = write_report(runs, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("role='alert'") == 1 and "bad: 21 of 31 rows hold" in page
+    assert "Not finite (red at the bottom): bad: 19 rows from step 12 to 30." in page
+    assert cli.main(["report", str(tmp_path / "bad")]) == 0
+    assert "are not finite in some rows, from step 3 on" in capsys.readouterr().out
+
+
+def test_spans_not_finite() -> None:
+    found = [{"step": n, "a": None if n in (2, 5, 6) else 1.0} for n in range(1, 8)]
+    found.insert(5, {"step": 5, "val/b": 1.0})
+    assert spans_not_finite(found, {"a": "a"}) == [(2, 2, 1), (5, 6, 2)]
+    assert spans_not_finite(found, {"val/b": "b"}) == []
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     _report(tmp_path, False)
     run = read_run(tmp_path)
@@ -122,9 +190,36 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         "settings", "landscapes and the gate's curve", "preflight", "closed loop", "frames of an episode",
     }  # fmt: skip
     assert "no OpenGL library" in run.missing["closed loop"] and "--use_val_set True" in str(run.missing.values())
+    assert run.missing["settings"] == "no settings.json: flags and versions of this run are not known"
     (tmp_path / "metrics.json").unlink()
     rebuilt = read_run(tmp_path).metrics
     assert rebuilt["finetune"]["l1_val"] == 0.1 and rebuilt["energy"]["win_rate"]["at_0.05"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("share", "arm", "margin", "told"),
+    [
+        (0.0, "rerank", None, "rerank: the gate was shut, so that rerank and policy executed the same chunks."),
+        (0.0, "rerank", 0.5, "rerank: the gate let no candidate through, so that"),
+        (0.1, "rerank", 0.5, ""),
+        (0.0, "policy@2", None, ""),
+        (None, "rerank", None, ""),
+    ],
+)
+def test_arms_that_are_the_same_policy_are_told(
+    tmp_path: Path, share: float | None, arm: str, margin: float | None, told: str
+) -> None:
+    found = rollout()
+    rates = found["overall"]["arms"]["policy"]
+    rates |= {} if share is None else {"accepted_share": 0.0}
+    same = {"baseline": "policy", "difference": 0.0, "interval": [0.0, 0.0]}
+    arms = {"policy": rates, arm: rates | ({} if share is None else {"accepted_share": share})}
+    found["overall"] = {"arms": arms, "differences": {arm: same}}
+    found["tasks"] = {"reach": found["overall"]}
+    run = Run(tmp_path, rollout=found | {"meta": {"checkpoint": {"gates": {"rerank": margin}}}}, label="a")
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert ("Both arms are the same policy" in page) == bool(told) and told in page
+    assert "An interval that holds 0 does not show a difference" in page
 
 
 def test_a_checkpoint_is_reported_with_its_run(tmp_path: Path) -> None:
@@ -180,12 +275,72 @@ def test_the_footage_needs_no_script_and_its_data_cannot_end_it(tmp_path: Path) 
     )
 
 
-def test_a_run_without_metrics_and_a_torn_line_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", [b'{"step": 2, "train', b'{"step": 2, "a": 0.5, "\xc3', b"{", b'{"step": 2}'])
+def test_a_last_line_without_its_end_is_left_out_and_said(tmp_path: Path, torn: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + torn)
+    told: list[str] = []
+    found = [row["step"] for row in read_rows(tmp_path, told.append)]
+    if torn.endswith(b"}"):  # whole, though its line is not
+        assert found == [1, 2] and not told
+        return
+    assert found == [1] and len(told) == 1 and "metrics.jsonl, ends in its middle and is left out" in told[0]
+    assert read_rows(tmp_path) == [{"step": 1}]
+    page = write_report(read_runs([tmp_path]), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Take care" in page and "line 2, the last of " in page
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (None, "it has no arm, decisions, instruction"),
+        ({"decisions": []}, "it has no decisions"),
+        ({"decisions": [{"step": 0}]}, "its decision 0 has no accepted, energy, energy_policy, image"),
+        ({"decisions": [3]}, "its decision 0 has no accepted"),
+        ({"decisions": [footage(1)["decisions"][0] | {"image": None}]}, "none of its decisions has a frame"),
+        ({"decisions": [footage(1)["decisions"][0] | {"step": "x"}]}, "the step of its decision 0 is no number"),
+    ],
+)
+def test_footage_that_cannot_be_shown_is_said(tmp_path: Path, change: dict | None, told: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "footage.json").write_text(json.dumps({} if change is None else footage() | change))
+    page = write_report(read_runs([tmp_path]), tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"footage.json is there, but {told}" in page and "<img" not in page
+
+
+def test_lines_and_axes_are_seen(tmp_path: Path) -> None:
+    home = write_run(tmp_path / "a")
+    drawings = _drawings(write_report(read_runs([home]), tmp_path / "r.html").read_text(encoding="utf-8"))
+    styles = [path.get("style", "") for path in drawings["Ranking by distance"].iter(f"{_SVG}path")]
+    (chance,) = [style for style in styles if CHANCE in style and "stroke-width: 1.8" in style][:1]
+    assert "stroke-dasharray: 1.8" in chance
+    gate = ElementTree.tostring(drawings["Gate by its margin, held out"], encoding="unicode")
+    assert COLOURS[4] in gate and gate.count("stroke-dasharray") >= 2
+    assert {"step of the episode", "energy, lower is better"} <= set(
+        footage_figure(Run(tmp_path, footage=footage()), 0).replace("</text>", ">").split(">")
+    )
+
+
+@pytest.mark.parametrize("smallest", [0.1, 0.0, -1.0])
+def test_the_first_step_does_not_flatten_the_terms(smallest: float) -> None:
+    anchors = [500.0, *(2.0 + n / 30 for n in range(29))]
+    found = [{"step": n, "energy/anchor": anchor, "energy/hinge": smallest} for n, anchor in enumerate(anchors)]
+    plot = next(plot for plot in PLOTS if plot[0] == "Terms of the energy loss")
+    drawn = draw({"a": found}, *plot)
+    assert "log scale" in drawn
+    svg = ElementTree.fromstring(drawn[drawn.index("<svg") :].split("</svg>")[0] + "</svg>")
+    drawn_lines = (path.get("d", "") for path in svg.iter(f"{_SVG}path") if COLOURS[0] in path.get("style", ""))
+    heights = [float(number) for number in re.findall(r"[ML] \S+ (\S+)", max(drawn_lines, key=len))]
+    # On a linear axis the steps after the first share less than a pixel.
+    assert heights[1] - heights[-1] > 5 and heights[0] < min(heights[1:])
+
+
+def test_a_run_without_metrics_and_a_damaged_line_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="metrics.jsonl is missing"):
         read_rows(tmp_path)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "train')
-    with pytest.raises(ValueError, match="line 2: not a row of metrics"):
-        read_rows(tmp_path)
+    for damaged in ('{"step": 2, "train\n', '{"step": 2, "train\n{"step": 3}', "[1]"):
+        (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + damaged)
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a row of metrics .*; delete that line"):
+            read_rows(tmp_path)
 
 
 def test_what_cannot_be_reported_on_is_named(tmp_path: Path) -> None:

@@ -43,8 +43,9 @@ def test_every_plot_is_drawn_and_nothing_overflows(pages: dict[str, str], name: 
         assert view["plots"] == page.count("<figure") > 20
         ground, ink = (_luminance(view[key]) for key in ("ground", "ink"))
         assert (ground < ink) == (scheme == "dark")
-        # WCAG 2.1's contrast ratio, 7 for its level AAA.
+        # WCAG 2.1's contrast ratio: 7 for its level AAA, 4.5 for AA.
         assert (max(ground, ink) + 0.05) / (min(ground, ink) + 0.05) > 7
+        assert all(4.5 <= view["contrasts"][kind] < 21 for kind in ("text", "plots"))
 
 
 def test_what_is_wrong_is_seen(pages: dict[str, str]) -> None:
@@ -58,6 +59,10 @@ def test_what_is_wrong_is_seen(pages: dict[str, str]) -> None:
     assert hidden != page and all("Energy loss is 0 x 0" in view["wrong"] for view in look(hidden, "light"))
     empty = re.sub(r"(<svg role='img' aria-label='Energies'[^>]*>).*?</svg>", r"\1</svg>", page, flags=re.DOTALL)
     assert empty != page and all("Energies has 0 marks" in view["wrong"] for view in look(empty, "light"))
+    pale = re.sub(r"--soft: #\w+", "--soft: #808890", page)
+    seen = str(look(pale, "light")[0]["wrong"])
+    assert 'text "normalised units" has a contrast of 3' in seen and 'P "Energies are' in seen
+    assert look(page.replace("fill: var(--soft)", "fill: #808890"), "light")[0]["contrasts"]["plots"] < 4.5
     unscripted = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert all("the slider moves not" in str(view["wrong"]) for view in look(unscripted, "light"))
 

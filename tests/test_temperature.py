@@ -40,7 +40,7 @@ def test_fixed_is_a_float_without_parameters() -> None:
     temperature = Temperature(TemperatureConfig(mode="fixed", value=3.0))
     value = temperature(torch.randn(2, 3))
     assert isinstance(value, float) and value == 3
-    assert not list(temperature.parameters()) and not temperature.state_dict() and not temperature.is_learnable
+    assert not list(temperature.parameters()) and not temperature.state_dict()
 
 
 def test_adaptive_equals_its_naive_twin_and_has_no_gradient() -> None:
@@ -51,7 +51,7 @@ def test_adaptive_equals_its_naive_twin_and_has_no_gradient() -> None:
     assert value.item() == pytest.approx(naive([batch(0)]))
     everything = naive([(energies.detach(), torch.ones_like(valid))])
     assert temperature(energies).item() == pytest.approx(everything) and everything > 1e5
-    assert not list(temperature.parameters()) and not temperature.is_learnable
+    assert not list(temperature.parameters())
 
 
 def test_adaptive_falls_back_to_its_value_and_stands_large_energies() -> None:
@@ -124,7 +124,7 @@ def test_learnable_stays_within_its_bounds_and_comes_back(direction: float) -> N
 
 def test_learnable_has_one_parameter_with_the_gradient_of_exp() -> None:
     temperature = Temperature(LEARNABLE)
-    assert temperature.is_learnable and list(temperature.state_dict()) == ["log_value"]
+    assert list(temperature.state_dict()) == ["log_value"]
     energies = torch.tensor([[0.2, 0.9, -0.4]])
     losses.info_nce(energies, temperature(energies)).backward()
     found = temperature.log_value.grad

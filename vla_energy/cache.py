@@ -61,7 +61,8 @@ class Manifest:
     Attributes:
         checkpoint: `folder`, as it was given, `fingerprint` of the policy's files, and `kind`: l1, discrete or
             diffusion.
-        dataset: `root`, `name`, `split`, `fingerprint` of its files, and `statistics_of`.
+        dataset: `root`, `name`, `split`, `fingerprint` of its files, `statistics_of`, and `config`: the file that
+            names its fields, as it was given, or None.
         options: what else the features depend on: `dtype`, `precision`, `layer_exits`, `pool`, `seed`, `batch_size`.
         statistics: in which actions are normalised, in the host's JSON layout.
         shape: `context_dim`, `horizon`, `action_dim`, `num_exits`.
@@ -98,8 +99,9 @@ class Manifest:
             "shard-frames": self.shard_frames,
             "max-frames": self.frames,
         }
-        if self.dataset.get("statistics_of"):
-            flags["statistics"] = self.dataset["statistics_of"]
+        for flag, name in (("statistics", "statistics_of"), ("dataset-config", "config")):
+            if self.dataset.get(name):
+                flags[flag] = self.dataset[name]
         return "vla-energy cache " + " ".join(f"--{name} {shlex.quote(str(value))}" for name, value in flags.items())
 
     def write(self, folder: Path) -> None:
@@ -316,8 +318,8 @@ class FeatureCache:
         for row, ((shard, start, _), length) in enumerate(zip(places, lengths, strict=True)):
             context[row, :length] = shard["context"][start : start + length]
             mask[row, :length] = shard["mask"][start : start + length]
-        parts = [
-            torch.stack([shard[name][i] for shard, _, i in places])
+        parts = [  # the empty start gives no rows, too, their shape and dtype
+            torch.cat([self._shards[0][name][:0], *(shard[name][i : i + 1] for shard, _, i in places)])
             for name in ("expert", "layer_actions", "episode", "step")
         ]
         return CachedFrames(*(part.to(device) for part in (context, mask, *parts)))

@@ -137,7 +137,7 @@ def save_head(
         "step": str(step),
         "extra": json.dumps(extra_metadata or {}),
     }
-    data = to_bytes(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+    data = to_bytes(tensors, {**metadata, "sha256": digest(tensors, metadata)})
     return atomic_write(path, lambda file: file.write(data))
 
 
@@ -220,19 +220,19 @@ def _check_metadata(path: Path, tensors: dict[str, Tensor], metadata: dict[str, 
     missing = [key for key in _KEYS if key not in metadata]
     if missing:
         raise CheckpointError(f"{path}: metadata lacks {', '.join(missing)}")
-    if metadata["sha256"] != _digest(tensors, metadata):
+    if metadata["sha256"] != digest(tensors, metadata):
         raise CheckpointError(f"{path} is damaged: its content does not match its checksum; take an older checkpoint")
 
 
-def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+def digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
     """SHA-256 over metadata (without itself) and over every tensor's name, dtype, shape and bytes."""
     rest = {key: value for key, value in metadata.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    found = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _require_finite(path: Path, tensors: dict[str, Tensor]) -> None:

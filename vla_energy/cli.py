@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import metadata
-from typing import NoReturn
+from typing import Any, NoReturn
 
 COMMANDS = {
     "cache": ("vla_energy.finetune.cache_command", "run the frozen policy once over a dataset"),
@@ -32,6 +34,7 @@ EPILOG = "vla-energy COMMAND --help shows its flags and an example. Fine-tuning:
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_UNREAD = 141  # 128 + SIGPIPE
 
 
 class UsageError(ValueError):
@@ -43,6 +46,16 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+class _Command(_Parser):
+    """Refuses unknown flags itself: left to the parser above, they would point to its help."""
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
 
 class _Version(argparse.Action):
@@ -60,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser with all subcommands."""
     parser = _Parser(prog="vla-energy", description="Energy heads for OpenVLA-style policies.", epilog=EPILOG)
     parser.add_argument("-V", "--version", action=_Version, help="show the installed version and exit")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Command)
     for name, (module, text) in COMMANDS.items():
         command = importlib.import_module(module)
         subparser = subparsers.add_parser(
@@ -77,21 +90,43 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0, 1 if the doctor found a problem, 2 after bad input, 130 after Ctrl-C."""
+    """Entry point.
+
+    Returns:
+        The exit code: 0, 1 if the doctor found a problem, 2 after bad input, 130 after Ctrl-C, 141 if nobody reads on.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         args = build_parser().parse_args(arguments)
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted; what was already written is kept", file=sys.stderr)
         return _INTERRUPTED
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return _UNREAD
         if not _is_ours(error):
             raise
         if "--traceback" in arguments:
             traceback.print_exc()
         print("error:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         return _BAD_INPUT
+
+
+def _nobody_reads() -> bool:
+    """Whether it is stdout that broke, and no worker's pipe; then what is left in it goes nowhere."""
+    try:
+        descriptor = sys.stdout.fileno()
+        poll = select.poll()
+    except (OSError, ValueError, AttributeError):  # no file, or no such call on this system
+        return False
+    poll.register(descriptor, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+    return True
 
 
 def _is_ours(error: Exception) -> bool:

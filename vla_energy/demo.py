@@ -22,8 +22,8 @@ from vla_energy.finetune.config import EMBEDDED, FinetuneConfig
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.setup import open_split
 from vla_energy.finetune.trainer import Trainer
+from vla_energy.results import FOOTAGE, SHAPES, check_writable, versions, write_json
 from vla_energy.rollout.simulator import SimulatorProcess
-from vla_energy.rollout.summary import check_writable, versions, write_json
 
 TASKS = ("handle-press-side", "button-press-topdown")
 """Tasks of the bundled demonstrations."""
@@ -86,7 +86,7 @@ def run_demo(config: FinetuneConfig, episodes: int) -> dict[str, Any]:
             raise
         split = open_split(config, trainer.job.vla, "val", trainer.job.statistics)
     shutil.rmtree(out / "tensorboard", ignore_errors=True)  # of an earlier demo: curves would overlap
-    for name in ("rollout.json", "footage.json", "shapes.json"):
+    for name in ("rollout.json", FOOTAGE, SHAPES):
         (out / name).unlink(missing_ok=True)  # the report would take them for this one's
     if kept is not None:
         kept.unlink()
@@ -177,7 +177,7 @@ def _rollout(out: Path, episodes: int) -> tuple[dict[str, Any] | None, str | Non
         episodes,
         ["policy", "rerank"],
         out=out / "rollout.json",
-        footage=out / "footage.json",
+        footage=out / FOOTAGE,
     )
     return {key: value for key, value in result.items() if key != "episodes"}, None
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
-import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -25,17 +24,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vla_energy.contact import Contact, RankError, words
+from vla_energy.pulse import Pulse
+
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(seconds=60)
 """Of the exchanges within a step: none of them waits for reading, validation or saving."""
-_PATIENCE = timedelta(days=7)  # of `share`, which does; the connection of a rank that dies is closed at once
-_WORDS = 5.0  # seconds in which the ranks that are left say so
+MEETING = timedelta(minutes=5)
+"""In which all processes have to come: imports from a cold network drive take long, and one that failed never comes."""
+_PATIENCE = timedelta(days=7)  # of `share`, which does; who dies closes its connection, who stops leaves no beat
 _BUCKET = 2**23  # numbers that are averaged in one message
-
-
-class RankError(RuntimeError):
-    """Another process of the training has failed; the message names it and why, as far as that is known."""
 
 
 class Ranks:
@@ -44,20 +45,18 @@ class Ranks:
     Args:
         rank, world: this process's number, and how many there are.
         device: of the model; None leaves it to the flags.
-        control: a gloo group without a timeout of note, for `share`; None is the default group.
-        store: where ranks leave word of why they failed.
+        contact: the lines to the others; None leaves it to the exchanges' own errors to tell that one failed.
 
     Attributes:
         traffic: bytes that this rank contributed to exchanges, by kind.
     """
 
     def __init__(
-        self, rank: int = 0, world: int = 1, device: torch.device | None = None, control: Any = None, store: Any = None
+        self, rank: int = 0, world: int = 1, device: torch.device | None = None, contact: Contact | None = None
     ) -> None:
         self.rank, self.world, self.device = rank, world, device
         self.traffic: Counter[str] = Counter()
-        self._control, self._store = control, store
-        self._silent: list[int] = []  # ranks that have been found to be gone
+        self.contact = contact or Contact(rank, world)
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +75,7 @@ class Ranks:
         sent = rows.detach().contiguous()
         sent = sent.byte() if sent.dtype == torch.bool else sent
         parts = [torch.empty_like(sent) for _ in range(self.world)]
-        self._exchange("gather", sent, lambda: dist.all_gather(parts, sent))
+        self._exchange("gather", sent, lambda: dist.all_gather(parts, sent, async_op=True))
         return torch.cat(parts).to(rows.dtype)
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
@@ -88,12 +87,21 @@ class Ranks:
         return rows if self.world == 1 else _Gather.apply(rows, self)  # pyright: ignore[reportReturnType]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's `value`, small and picklable, in their order."""
+        """Every rank's `value`, which JSON can hold, in their order."""
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
-        self._exchange("objects", None, lambda: dist.all_gather_object(values, value, group=self._control))
-        return values
+        own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self._gather_bytes(torch.tensor([len(own)]).view(torch.uint8))
+        lengths = [int(size.view(torch.int64)) for size in sizes]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(own)] = own
+        parts = zip(self._gather_bytes(padded), lengths, strict=True)
+        return [json.loads(part[:length].numpy().tobytes()) for part, length in parts]
+
+    def _gather_bytes(self, sent: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(sent) for _ in range(self.world)]
+        self._exchange("objects", sent, lambda: dist.all_gather(parts, sent, group=self.contact.control, async_op=True))
+        return parts
 
     def sum(self, values: Tensor) -> Tensor:
         """Of all ranks' values, elementwise."""
@@ -150,10 +158,12 @@ class Ranks:
         """
         if self.world > 1:
             failed = torch.tensor(float(error is not None))
-            self._exchange("control", failed, lambda: dist.all_reduce(failed, group=self._control))
+            self._exchange(
+                "control", failed, lambda: dist.all_reduce(failed, group=self.contact.control, async_op=True)
+            )
             if not failed:
                 return
-            texts = self.gather_objects(None if error is None else _words(error))
+            texts = self.gather_objects(None if error is None else words(error))
             if error is None:
                 raise RankError("; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text))
         if error is not None:
@@ -185,77 +195,14 @@ class Ranks:
         if len(set(digests)) > 1:
             raise RankError(f"{what}: the ranks' weights differ, by hash {', '.join(digests)}: this run cannot go on")
 
-    def leave_word(self, error: BaseException) -> None:
-        """Tells the others why this rank ends, for those that cannot be reached by `share`.
-
-        Rank 0, in whose process the store may live, stays until those that live have read what they want of it.
-        """
-        if self._store is None:
-            return
-        with contextlib.suppress(RuntimeError):
-            if not isinstance(error, RankError):
-                self._store.set(f"failed/{self.rank}", _words(error))
-            traceback.clear_frames(error.__traceback__)
-            self._disconnect()
-            self._store.set(f"left/{self.rank}", "")
-            deadline = time.monotonic() + 3 * _WORDS
-            staying = [rank for rank in range(1, self.world) if rank not in self._silent] if self.is_main else []
-            while any(not self._store.check([f"left/{rank}"]) for rank in staying) and time.monotonic() < deadline:
-                time.sleep(0.05)
-
-    def _disconnect(self) -> None:
-        """Closes this rank's connections, so that those who wait for it, or for one that waits for it, notice at once.
-
-        Only gloo's: NCCL's may wait for a rank that is gone.
-        """
-        groups = [self._control] if self.device is not None and self.device.type == "cuda" else [self._control, None]
-        self._control = None
-        for group in groups:
-            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
-                dist.destroy_process_group(group)
-
     def _reduce(self, kind: str, values: Tensor, operation: Any) -> Tensor:
         result = values.detach().clone()
-        self._exchange(kind, result, lambda: dist.all_reduce(result, op=operation))
+        self._exchange(kind, result, lambda: dist.all_reduce(result, op=operation, async_op=True))
         return result
 
-    def _exchange(self, kind: str, sent: Tensor | None, call: Callable[[], Any]) -> None:
-        self.traffic[kind] += 0 if sent is None else sent.numel() * sent.element_size()
-        try:
-            call()
-        except RuntimeError as error:
-            traceback.clear_frames(error.__traceback__)  # which hold the group, and so its connections
-            raise RankError(f"{self._cause()} ({str(error).splitlines()[0]})") from error
-
-    def _cause(self) -> str:
-        """Why an exchange broke: what a rank left word of, or who says nothing any more."""
-        unknown = "lost touch with another process; its own output says more"
-        if self._store is None:
-            return unknown
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        self._disconnect()
-        deadline = time.monotonic() + _WORDS
-        try:
-            self._store.set(f"alive/{self.rank}", "")
-            while True:
-                if self._store.check(["cause"]):
-                    self._silent = json.loads(self._store.get("silent"))
-                    return self._store.get("cause").decode()
-                failed = [rank for rank in others if self._store.check([f"failed/{rank}"])]
-                silent = [rank for rank in others if not self._store.check([f"alive/{rank}"]) and rank not in failed]
-                if failed or not silent or time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-            words = [f"rank {rank}: {self._store.get(f'failed/{rank}').decode()}" for rank in failed]
-            if silent and not failed:
-                words = [f"rank {rank} ended without a word: killed, or out of memory?" for rank in silent]
-                self._silent = silent
-            cause = "; ".join(words) or unknown
-            self._store.set("silent", json.dumps(self._silent))
-            self._store.set("cause", cause)
-            return cause
-        except RuntimeError:
-            return "rank 0, which the others talk through, is gone"
+    def _exchange(self, kind: str, sent: Tensor, call: Callable[[], Any]) -> None:
+        self.traffic[kind] += sent.numel() * sent.element_size()
+        self.contact.finish(call, patient=not sent.is_cuda)  # NCCL's have a watchdog of their own
 
 
 class _Gather(torch.autograd.Function):
@@ -303,21 +250,44 @@ def start(device: str = "auto") -> Iterator[Ranks]:
     from torch.distributed.rendezvous import rendezvous
 
     place = _device(device)
-    store, rank, world = next(iter(rendezvous("env://")))
+    store, rank, world = _meet(rendezvous)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world, timeout=TIMEOUT)
     control = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    ranks = _active = Ranks(rank, world, place, control, PrefixStore("words", store))
+    # A connection of its own: where the store does not answer, only the thread waits.
+    pulse = Pulse(PrefixStore("pulse", store.clone() if hasattr(store, "clone") else store), rank, world)
+    contact = Contact(rank, world, PrefixStore("words", store), pulse, control, closes_all=place.type != "cuda")
+    ranks = _active = Ranks(rank, world, place, contact)
     del control  # the group lives as long as somebody holds it
     try:
         yield ranks
         ranks.share()
         dist.destroy_process_group()
     except BaseException as error:
-        ranks.leave_word(error)
+        contact.leave_word(error)
         raise
     finally:
+        pulse.end()
         _active = None
+
+
+def _meet(rendezvous: Callable[..., Any]) -> tuple[Any, int, int]:
+    """The store that all processes have joined, this one's number, and how many there are.
+
+    Raises:
+        RankError: not all of them came within `MEETING`.
+    """
+    rank, world = os.environ.get("RANK"), os.environ["WORLD_SIZE"]
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    seconds = int(MEETING.total_seconds())
+    logger.info("process %s waits for the others of %s at %s, at most %d s", rank, world, place, seconds)
+    try:
+        return next(iter(rendezvous("env://", timeout=MEETING)))
+    except RuntimeError as error:  # torch's DistError is one
+        raise RankError(
+            f"process {rank} met not all {world} processes at {place} within {seconds} s: what does the output of the "
+            f"others say? ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def _device(name: str) -> torch.device:
@@ -332,10 +302,6 @@ def _device(name: str) -> torch.device:
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,13 @@ def seal(folder: Path, step: int) -> None:
     atomic_write(folder / MANIFEST, lambda file: file.write(text.encode() + b"\n"))  # which syncs the folder itself
 
 
-def check_seal(folder: Path) -> int | None:
+def check_seal(folder: Path, only: Callable[[str], bool] = lambda name: True) -> int | None:
     """The step in the manifest, after comparing every file with it; None without one, as folders had before.
 
     Files that came later (gates, a memory) are not in it and do not count.
+
+    Args:
+        only: whether a file is looked at, by its name in the manifest.
 
     Raises:
         CheckpointError: the manifest is damaged, or a file is missing, cut short or changed; the message names it.
@@ -54,7 +58,9 @@ def check_seal(folder: Path) -> int | None:
         raise CheckpointError(f"{path} is damaged ({error})") from error
     for name, facts in _read(path, text)["files"].items():
         file = folder / name
-        if not _is_file(file):
+        if not only(name):
+            continue
+        if not is_file(file):
             raise CheckpointError(f"{file} is missing: the checkpoint is not whole")
         if file.stat().st_size != facts["bytes"]:
             raise CheckpointError(
@@ -118,15 +124,16 @@ def _check_tensors(value: Any) -> None:
             _check_tensors(item)
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """As `Path.is_file`, and False for a name that no file can have."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or that no file system has
+    except (OSError, ValueError):  # too long, or with characters that no file system has
         return False
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -44,11 +44,18 @@ class Fallback:
         try:
             return attempt()
         except Exception as error:
-            if self.strict or isinstance(error, self._fatal):
+            if isinstance(error, self._fatal):
                 raise
-            self.counts[type(error).__name__] += 1
-            total = self.total
-            message = "%s failed, the policy's own chunk is taken (%d times so far): %s: %s"
-            if not total & (total - 1):
-                logger.error(message, what, total, type(error).__name__, error, exc_info=total == 1)
+            self.failed(error, what)
         return own()
+
+    def failed(self, error: Exception, what: str) -> None:
+        """Counts and logs a failure; raises it where `strict`."""
+        if self.strict:
+            raise error
+        self.counts[type(error).__name__] += 1
+        total = self.total
+        message = "%s failed, the policy's own chunk is taken (%d times so far): %s: %s"
+        if not total & (total - 1):
+            shown = error if total == 1 else None
+            logger.error(message, what, total, type(error).__name__, error, exc_info=shown)

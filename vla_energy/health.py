@@ -20,8 +20,13 @@ REPEAT_AFTER = 20
 """Updates after which a symptom that lasts is told again."""
 IN_A_ROW = 3
 """Updates in a row that a noisy symptom (backwards, misaligned) must last."""
-COLLAPSED_STD, LOSING_RATE, MASKED_SHARE, DRIFTED = 1e-4, 0.4, 0.5, 1e4
-"""Bounds that are no settings: of `energy/std_row`, of win rates, of `energy/masked_share`, of the largest |E|."""
+COLLAPSED_STD, LOSING_RATE, REVERSED_ORDER, MASKED_SHARE, DRIFTED = 1e-4, 0.4, -0.02, 0.5, 1e4
+"""Bounds that are no settings: of `energy/std_row`, of win rates, of `energy/spearman` (below the noise of a head that
+knows nothing), of `energy/masked_share`, of the largest |E|."""
+WORSE = ("expert_noise", "shuffle", "shift", "amplitude", "gripper_flip", "in_batch")
+"""Sources whose chunks are worse than the expert's by construction: a head that loses to them has it backwards. The
+others come from the policy or its like, and nothing is wrong with a head that cannot tell a good policy from the
+expert: the residual head measures from the policy's chunk, and wins 1 to 5 percent against it however well it ranks."""
 
 Findings = dict[str, str | None]
 """What was seen by subject (a metric's name): words and numbers where it is ill, None where it is well. A subject that
@@ -156,15 +161,15 @@ def _bound(key: str, is_ill: Callable[[float, MonitorConfig], bool], words: str)
     return judge
 
 
-def _below_in_a_row(name: str, bound: float) -> Callable[[_Update], Findings]:
-    """Judges the metrics `name` and `name/...`: below `bound` at `IN_A_ROW` updates in a row, not counting gaps."""
+def _below_in_a_row(bounds: Mapping[str, float]) -> Callable[[_Update], Findings]:
+    """Judges metrics by name: below the bound at `IN_A_ROW` updates in a row, not counting gaps."""
 
     def judge(update: _Update) -> Findings:
         streaks, findings = update.memory.streaks, {}
         for key, value in update.finite.items():
-            if key == name or key.startswith(f"{name}/"):
-                streaks[key] = streaks.get(key, 0) + 1 if value < bound else 0
-                words = f"{key} {value:.3g}, below {bound:g} for {streaks[key]} updates"
+            if key in bounds:
+                streaks[key] = streaks.get(key, 0) + 1 if value < bounds[key] else 0
+                words = f"{key} {value:.3g}, below {bounds[key]:g} for {streaks[key]} updates"
                 findings[key] = words if streaks[key] >= IN_A_ROW else None
         return findings
 
@@ -266,8 +271,10 @@ SYMPTOMS = (
     ),
     Symptom(
         "backwards",
-        _below_in_a_row("energy/win_rate", LOSING_RATE),
-        "negatives win, an error in the sign or the data (or a collapse: ties count as lost)",
+        _below_in_a_row(
+            {"energy/spearman": REVERSED_ORDER, **{f"energy/win_rate/{source}": LOSING_RATE for source in WORSE}}
+        ),
+        "worse chunks have the lower energy, an error in the sign or the data (or a collapse: ties count as lost)",
         "check that the expert is in column 0, that low energy is good, that all chunks are normalised alike",
     ),
     Symptom(
@@ -284,7 +291,7 @@ SYMPTOMS = (
     ),
     Symptom(
         "misaligned",
-        _below_in_a_row("energy/alignment", 0.0),
+        _below_in_a_row({"energy/alignment": 0.0}),
         "descent leads away from the expert",
         "do not refine actions with this head; try a larger loss.listwise, negatives.policy_noise",
     ),

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, StatisticsError
-from vla_energy.checkpoint import CheckpointError, atomic_write, find_one, to_bytes
+from vla_energy.checkpoint import CheckpointError, atomic_write, digest, find_one, to_bytes
 
 TOKEN_WIDTH = 8
 """Numbers a token is projected to."""
@@ -246,7 +246,7 @@ class ChunkMemory:
             "encoder": json.dumps([encoder.tokens, encoder.policy_weight, encoder.unit]),
             "statistics": json.dumps(self.statistics.to_dict()),
         }  # fmt: skip
-        data = to_bytes(self._stored(), metadata)
+        data = to_bytes(self._stored(), metadata | {"sha256": digest(self._stored(), metadata)})
         return atomic_write(path, lambda file: file.write(data))
 
     def _stored(self) -> dict[str, Tensor]:
@@ -268,14 +268,18 @@ class ChunkMemory:
                 metadata: dict[str, Any] = file.metadata() or {}
                 if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
                     raise CheckpointError(f"{path} is no chunk memory of version {_VERSION}")
-                projection, mean, basis, keys, chunks, episodes = (file.get_tensor(name) for name in _TENSORS)
+                stored = {name: file.get_tensor(name) for name in _TENSORS}
+            # Memories of earlier versions have no checksum.
+            if "sha256" in metadata and metadata["sha256"] != digest(stored, metadata):
+                raise CheckpointError(f"{path} is damaged: its content does not match its checksum")
+            projection, mean, basis, keys, chunks, episodes = stored.values()
             tokens, policy_weight, unit = json.loads(metadata["encoder"])
             statistics = DatasetStatistics.from_dict(json.loads(metadata["statistics"]))
             encoder = KeyEncoder(projection, tokens, mean, basis, policy_weight, unit)
             _check_stored(encoder, keys, chunks, episodes, statistics)
         except (
-            SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, RecursionError,
-            StatisticsError,
+            SafetensorError, OSError, KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError,
+            RecursionError, StatisticsError,
         ) as error:  # fmt: skip
             if isinstance(error, CheckpointError):
                 raise

@@ -8,43 +8,17 @@ code.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vla_energy.arms import BOTH, HEAD_MODES, MEMORY_MODES, split_arm
 from vla_energy.candidates import CandidateSet, Source, overlap, propose, retrieved_source
 from vla_energy.memory import ChunkMemory
 from vla_energy.refine import refine
-from vla_energy.rerank import Reranker, scoring
-
-HEAD_MODES, MEMORY_MODES = ("rerank", "refine"), ("retrieve",)
-BOTH = "rerank+retrieve"
-MODES = (*HEAD_MODES, *MEMORY_MODES, BOTH)
-"""Every mode there is; a checkpoint may allow fewer."""
-SELF_TIMED = ("replan", "recommended")
-"""Arms that decide themselves when to ask again."""
-_COUNT = re.compile("[1-9][0-9]*")
-
-
-def split_arm(arm: str) -> tuple[str, int | None]:
-    """`policy@4` is `("policy", 4)`, `policy` is `("policy", None)`.
-
-    Raises:
-        ValueError: no name; an n that is not an integer of 1 or more in plain digits (`policy@04` would run `policy@4`
-            again under another name); or an n for an arm that chooses its own.
-    """
-    name, mark, every = arm.partition("@")
-    if not name or (mark and not _COUNT.fullmatch(every)):
-        raise ValueError(
-            f"arm {arm!r}: expected ARM or ARM@n, n steps between decisions, an integer of 1 or more without leading "
-            "zeros, e.g. policy@4"
-        )
-    if mark and name in SELF_TIMED:
-        raise ValueError(f"arm {arm!r}: {name} decides itself when to ask again, so without @n")
-    return name, int(every) if mark else None
+from vla_energy.rerank import Reranker, check_energies, scoring
 
 
 @dataclass(frozen=True)
@@ -211,6 +185,8 @@ class Advisor:
                 lambda chunks: head(encoded, chunks), policy, radius=config.radius, margin=0.0,
                 steps=config.num_steps, step_size=config.step_size, gripper_dims=self.gripper_dims,
             )  # fmt: skip
+        own = policy.flatten(1).isfinite().all(1)
+        check_energies(result.energy_policy, own, self.reranker.fallback, "refine")
         gain = torch.where(result.accepted, result.energy_policy - result.energy_lowest, 0.0)
         actions = torch.where(result.accepted[:, None, None], result.actions.to(frame.policy), frame.policy)
         return Proposal(actions, gain, torch.full_like(gain, math.nan))
@@ -252,6 +228,7 @@ def replan(
     with scoring(head):
         encoded = head.encode(frame.context, frame.context_mask, frame.policy)
         energies = head(encoded, torch.stack([frame.policy, rest], 1)).float()
+    check_energies(energies[:, 0], frame.policy.flatten(1).isfinite().all(1), reranker.fallback, "replan")
     rise = energies[:, 1] - energies[:, 0]
     new = []
     for plan, old, fresh, above in zip(plans, rest, frame.policy, rise.tolist(), strict=True):

@@ -22,6 +22,7 @@ from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import load_head
 from vla_energy.config import EnergyConfig
 from vla_energy.fallback import Fallback
+from vla_energy.gates import load_gates
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ _TOLERANCE = 1e-4  # relative; the same statistics written by two programs
 
 class CompatibilityError(ValueError):
     """The head was trained for other actions or another context than the policy's."""
+
+
+class EnergyError(ValueError):
+    """The head gives no energy for a chunk that is finite."""
 
 
 class ScoringHead(Protocol):
@@ -119,10 +124,7 @@ def rerank(
         ValueError: shapes do not fit, there is no candidate, the margin is negative or NaN, or a prior is NaN or -inf.
     """
     _check_candidates(candidates)
-    if not margin >= 0:
-        raise ValueError(f"margin={margin}: expected 0 or more")
-    if prior is not None and (prior.shape != candidates.shape[:2] or not (prior > -math.inf).all()):
-        raise ValueError(f"prior {tuple(prior.shape)}: expected (B,N) = {tuple(candidates.shape[:2])}, no NaN or -inf")
+    _check_choice(candidates, margin, prior)
     finite = _finite(candidates)
     # A dropped candidate is scored as zeros: NaN must not reach the head, which may mix candidates in a matrix product.
     scored = torch.where(finite[:, :, None, None], candidates, torch.zeros_like(candidates))
@@ -147,7 +149,8 @@ class Reranker:
         statistics: those it was trained with; None if they are not known (then `ensure_compatible` raises).
         config: `config.rerank.margin` is the gate.
         margin: overrides the config's, e.g. by `calibrate_margin`; may be inf.
-        strict: False answers an exception of the head or the gate with the policy's own chunk, logged and counted.
+        strict: an exception of the head or the gate is raised. Else it is answered with the policy's own chunk for all
+            rows of the call, logged, and counted in `fallback.counts`: a robot goes on. For evaluation: True.
 
     Attributes:
         fallback: what failed so far, where not strict.
@@ -162,7 +165,7 @@ class Reranker:
         statistics: DatasetStatistics | None,
         config: EnergyConfig,
         margin: float | None = None,
-        strict: bool = True,
+        strict: bool = False,
     ) -> None:
         self.fallback = Fallback(strict, fatal=(CompatibilityError,))
         self.head = head
@@ -175,7 +178,7 @@ class Reranker:
         self.counters = dict.fromkeys(names, 0)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, margin: float | None = None) -> Reranker:
+    def from_checkpoint(cls, path: str | Path, margin: float | None = None, strict: bool = False) -> Reranker:
         """Reads the head, its config and its statistics from a file, or from a folder with exactly one.
 
         The gate's margin is the first there is of: `margin`; the folder's `energy_gates.json`, which preflight writes;
@@ -185,8 +188,6 @@ class Reranker:
             CheckpointError: there is none or more than one, or it cannot be used, or the folder's gates cannot; the
                 message names it.
         """
-        from vla_energy.gates import load_gates  # which builds rerankers
-
         loaded = load_head(path)
         loaded.head.eval()
         if margin is None:
@@ -198,7 +199,7 @@ class Reranker:
             logger.warning(
                 "the gate of %s was never calibrated: its margin is the config's %g", path, loaded.config.rerank.margin
             )
-        return cls(loaded.head, loaded.statistics, loaded.config, margin)
+        return cls(loaded.head, loaded.statistics, loaded.config, margin, strict)
 
     def __call__(
         self,
@@ -220,25 +221,28 @@ class Reranker:
         Raises:
             TypeError, ValueError: as `rerank`.
             CompatibilityError: H, A or D is not the head's.
+            EnergyError: where `strict`, the energy of a policy's chunk is not finite. Else that row keeps the chunk.
         """
         _check_candidates(candidates)
         if context.ndim != 3 or len(context) != len(candidates):
             raise ValueError(f"context {tuple(context.shape)} for candidates {tuple(candidates.shape)}")
         self._check_dims(candidates.shape[2], candidates.shape[3], context.shape[2])
+        margin = self.margin if margin is None else margin
+        _check_choice(candidates, margin, prior)
         return self.fallback(
             lambda: self._choose(context, context_mask, candidates, prior, margin), lambda: _own(candidates), "rerank"
         )
 
     def _choose(
-        self, context: Tensor, context_mask: Tensor, candidates: Tensor, prior: Tensor | None, margin: float | None
+        self, context: Tensor, context_mask: Tensor, candidates: Tensor, prior: Tensor | None, margin: float
     ) -> RerankResult:
         with scoring(self.head):
             # A policy's chunk that is not finite is no reference.
             finite = _finite(candidates)
             reference = candidates[:, 0].float().masked_fill(~finite[:, 0, None, None], math.nan)
             encoded = self.head.encode(context, context_mask, reference)
-            margin = self.margin if margin is None else margin
             result = rerank(lambda actions: self.head(encoded, actions), candidates, margin, prior)
+        check_energies(result.energies[:, 0], finite[:, 0], self.fallback, "rerank")
         self._count(finite, result)
         return result
 
@@ -268,6 +272,23 @@ class Reranker:
             self.counters[name] += value
 
 
+def check_energies(energies: Tensor, finite: Tensor, fallback: Fallback, what: str) -> None:
+    """Tells of a head that has no number for the policy's own chunk: it would pass for a gate that stays shut.
+
+    Args:
+        energies: `(B,)` of the policy's chunks.
+        finite: `(B,)` where the chunk itself is finite.
+        fallback: counts and logs it, a failure a call; where strict it is raised.
+        what: was attempted, for the log.
+
+    Raises:
+        EnergyError: where the fallback is strict.
+    """
+    if (broken := finite & ~energies.isfinite()).any():
+        row = int(broken.int().argmax())
+        fallback.failed(EnergyError(f"the energy of the policy's own chunk is not finite (row {row})"), what)
+
+
 def check_statistics(trained: DatasetStatistics, used: DatasetStatistics, what: str) -> None:
     """Checks that normalised actions mean the same under two statistics.
 
@@ -295,6 +316,13 @@ def check_statistics(trained: DatasetStatistics, used: DatasetStatistics, what: 
                 f"{what} was trained with other action statistics: {name} differs at dimension "
                 f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, or make {what} again"
             )
+
+
+def _check_choice(candidates: Tensor, margin: float, prior: Tensor | None) -> None:
+    if not margin >= 0:
+        raise ValueError(f"margin={margin}: expected 0 or more")
+    if prior is not None and (prior.shape != candidates.shape[:2] or not (prior > -math.inf).all()):
+        raise ValueError(f"prior {tuple(prior.shape)}: expected (B,N) = {tuple(candidates.shape[:2])}, no NaN or -inf")
 
 
 def _own(candidates: Tensor) -> RerankResult:

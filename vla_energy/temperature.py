@@ -44,11 +44,6 @@ class Temperature(nn.Module):
         if config.mode == "learnable":
             self.log_value = nn.Parameter(torch.tensor(math.log(config.value)))
 
-    @property
-    def is_learnable(self) -> bool:
-        """Whether there is a parameter, `log_value`."""
-        return self.config.mode == "learnable"
-
     def forward(self, energies: Tensor, valid: Tensor | None = None) -> Tensor | float:
         """The temperature for these energies: a float if fixed, else a 0-d tensor of at least fp32.
 

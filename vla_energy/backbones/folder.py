@@ -1,7 +1,6 @@
 """Checkpoint folders in the host's Hugging Face format: load, save, and load what was saved.
 
-Weights are safetensors (single or sharded); action head, proprio projector and a vision backbone with FiLM are the
-host's `.pt` files, read with `weights_only=True`. Nothing is unpickled and no code of a checkpoint is ever run.
+No code of a checkpoint is ever run; its files are read in `weights`.
 """
 
 from __future__ import annotations
@@ -10,26 +9,35 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, load_statistics
-from vla_energy.backbones.config import CheckpointFolderError, ComponentError, OpenVLAConfig, read_json
+from vla_energy.backbones.config import CheckpointFolderError, ComponentError, OpenVLAConfig
 from vla_energy.backbones.film import COMPONENT, from_host, has_film, is_film, to_host
 from vla_energy.backbones.lora import merged_state_dict
 from vla_energy.backbones.openvla import OpenVLA
 from vla_energy.backbones.processor import Processor
+from vla_energy.backbones.weights import (
+    DDP_PREFIX,
+    fill,
+    from_timm,
+    head_action_dim,
+    head_hidden_dim,
+    is_diffusion,
+    projector_dim,
+    read_component,
+    read_weights,
+    to_timm,
+)
 from vla_energy.checkpoint import CheckpointError
-from vla_energy.durable import read_torch
+from vla_energy.durable import MANIFEST, check_seal
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _PROCESSOR_FILES = (
     "preprocessor_config.json",
     "tokenizer.json",
@@ -39,8 +47,6 @@ _PROCESSOR_FILES = (
 )
 _BLOCKS = "language_model.model.layers."
 _LARGEST_IMAGE = 2_048  # pixels
-_DDP_PREFIX = "module."
-_L1_PREFIX, _DIFFUSION_PREFIX = "model.", "noise_predictor.mlp_resnet."
 
 
 class LoadedVLA(OpenVLA):
@@ -94,13 +100,15 @@ def load_openvla(
         diffusion_steps: of training and of inference, default what `config.json` says, else 50 and 50.
 
     Raises:
-        CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it.
+        CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it. Weights are
+            compared with the checksums of a `manifest.json` beside them, as fine-tuning writes it.
     """
     folder = Path(folder)
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: expected 1 or more")
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
+    _check_weights(folder)
     config = OpenVLAConfig.from_folder(folder)
     path = folder / "dataset_statistics.json"
     statistics = load_statistics(path) if path.is_file() else {}
@@ -111,45 +119,31 @@ def load_openvla(
     if diffusion_steps is not None:
         train, inference = diffusion_steps
         config = replace(config, num_diffusion_steps_train=train, num_diffusion_steps_inference=inference)
-    head = None if new_head or discrete else _component(folder, "action_head", required=action_dim is None)
+    head = None if new_head or discrete else read_component(folder, "action_head", required=action_dim is None)
     projector = None
     if use_proprio and not new_head:
-        projector = _component(folder, "proprio_projector", required=proprio_dim is None)
+        projector = read_component(folder, "proprio_projector", required=proprio_dim is None)
     diffusion = bool(use_diffusion) if head is None else is_diffusion(head)
-    prefix = _DIFFUSION_PREFIX if diffusion else _L1_PREFIX
-    noisy = _component(folder, "noisy_action_projector", required=True) if head and diffusion else None
-    if config.use_film and not has_film(folder):
-        raise ComponentError(
-            f"{folder} was trained with FiLM, but has no {COMPONENT}--*_checkpoint.pt: copy the checkpoint again, whole"
-        )
-    film = _film(folder, use_film)
-    weights = _to_timm(read_weights(folder))
+    noisy = read_component(folder, "noisy_action_projector", required=True) if head and diffusion else None
+    film = _film(folder, config, use_film)
+    weights = to_timm(read_weights(folder))
     _check_sizes(config, weights, folder)
     vla = _build(
         folder,
         config,
-        action_dim=_head_action_dim(head, prefix, config, folder) if head else int(action_dim or 0),
-        head_hidden_dim=len(head[f"{prefix}fc1.bias"]) if head else None,
-        proprio_dim=_proprio_dim(projector, folder) if projector else proprio_dim if use_proprio else None,
+        action_dim=head_action_dim(head, config, folder) if head else int(action_dim or 0),
+        head_hidden_dim=head_hidden_dim(head) if head else None,
+        proprio_dim=projector_dim(projector, folder) if projector else proprio_dim if use_proprio else None,
         num_images=num_images,
         horizon=horizon,
         use_film=film is not None,
         discrete=discrete,
         diffusion=diffusion,
     )
-    if film:
-        weights = {key: value for key, value in weights.items() if not key.startswith("vision_backbone.")} | film
-    elif film is not None:
-        weights |= {key: value for key, value in vla.backbone.state_dict().items() if is_film(key)}
-    _load(vla.backbone, weights, str(folder))
-    if head:
-        _load(vla.action_head, head, f"{folder}: action_head")
-    if noisy:
-        assert vla.noisy_action_projector is not None
-        _load(vla.noisy_action_projector, noisy, f"{folder}: noisy_action_projector")
-    if projector:
-        assert vla.proprio_projector is not None
-        _load(vla.proprio_projector, projector, f"{folder}: proprio_projector")
+    fill(vla.backbone, _with_film(weights, film, vla), str(folder))
+    for name, state in {"action_head": head, "noisy_action_projector": noisy, "proprio_projector": projector}.items():
+        if state:
+            fill(getattr(vla, name), state, f"{folder}: {name}")
     vla.folder = folder
     vla.processor = Processor.from_folder(folder, config)
     vla.statistics = statistics
@@ -165,6 +159,55 @@ def _build(folder: Path, config: OpenVLAConfig, **settings: Any) -> LoadedVLA:
         raise CheckpointFolderError(
             f"{folder / 'config.json'}: no model can be built from it ({type(error).__name__}: {error})"
         ) from error
+
+
+def _discrete_action_dim(
+    config: OpenVLAConfig, asked: int | None, statistics: Mapping[str, DatasetStatistics], folder: Path
+) -> int:
+    dims = {entry.action.dim for entry in statistics.values()}
+    known = config.discrete_action_dim or asked or (dims.pop() if len(dims) == 1 else None)
+    if known is None:
+        raise CheckpointFolderError(f"{folder}: nothing says how many dimensions an action of its tokens has")
+    return known
+
+
+def _check_weights(folder: Path) -> None:
+    """One flipped bit of an exponent makes an action of 1e36, and still a finite one."""
+
+    def is_read(name: str) -> bool:
+        parts = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
+        return any(fnmatch(name, pattern) for pattern in ("model*.safetensors", *parts))
+
+    try:
+        check_seal(folder, is_read)
+    except CheckpointError as error:
+        raise CheckpointFolderError(
+            f"{error}; take another copy of the checkpoint, or, if you changed it on purpose, delete its {MANIFEST}"
+        ) from error
+
+
+def _film(folder: Path, config: OpenVLAConfig, use_film: bool | None) -> dict[str, Tensor] | None:
+    """Weights of the vision backbone with FiLM; empty where FiLM is asked for and there are none; None without FiLM."""
+    if config.use_film and not has_film(folder):
+        raise ComponentError(
+            f"{folder} was trained with FiLM, but has no {COMPONENT}--*_checkpoint.pt: copy the checkpoint again, whole"
+        )
+    if use_film is False and has_film(folder):
+        raise ComponentError(
+            f"{folder} has a {COMPONENT}--*_checkpoint.pt: it was trained with FiLM, and needs use_film"
+        )
+    if use_film is False or (use_film is None and not has_film(folder)):
+        return None
+    return from_host(read_component(folder, COMPONENT, required=False) or {})
+
+
+def _with_film(weights: dict[str, Tensor], film: dict[str, Tensor] | None, vla: OpenVLA) -> dict[str, Tensor]:
+    """The backbone's weights: with FiLM the file's vision towers, or new FiLM layers where it is empty."""
+    if film is None:
+        return weights
+    if film:
+        return {key: value for key, value in weights.items() if not key.startswith("vision_backbone.")} | film
+    return weights | {key: value for key, value in vla.backbone.state_dict().items() if is_film(key)}
 
 
 def _check_sizes(config: OpenVLAConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -213,7 +256,7 @@ def save_openvla(
     folder.mkdir(parents=True, exist_ok=True)
     state = {
         key: value.to(dtype).contiguous()
-        for key, value in _from_timm(merged_state_dict(vla.backbone, merge=merge)).items()
+        for key, value in from_timm(merged_state_dict(vla.backbone, merge=merge)).items()
         if not is_film(key)
     }
     if not merge and hasattr(vla.backbone, "peft_config"):
@@ -222,21 +265,7 @@ def save_openvla(
     for name in _PROCESSOR_FILES:
         if (source / name).is_file() and source.resolve() != folder.resolve():
             shutil.copyfile(source / name, folder / name)
-    components: dict[str, dict[str, Tensor] | None] = {
-        name: None if module is None else {_DDP_PREFIX + key: value for key, value in module.state_dict().items()}
-        for name, module in {
-            "action_head": vla.action_head,
-            "proprio_projector": vla.proprio_projector,
-            "noisy_action_projector": vla.noisy_action_projector,
-        }.items()
-    }
-    components[COMPONENT] = to_host(vla.backbone, dtype) if vla.use_film else None  # the host's has no DDP prefix
-    for name, tensors in components.items():
-        for old in folder.glob(f"{name}--*_checkpoint.pt"):
-            old.unlink()  # the host finds components by substring and wants exactly one
-        if tensors is not None:
-            saved = {key: value.to(dtype).cpu() for key, value in tensors.items()}
-            torch.save(saved, folder / f"{name}--{step}_checkpoint.pt")
+    _save_components(vla, folder, step, dtype)
     discrete = vla.action_dim if vla.discrete else None
     entries = {name: entry.to_dict() for name, entry in statistics.items()}
     head = vla.action_head
@@ -250,116 +279,20 @@ def save_openvla(
     return folder
 
 
-def _discrete_action_dim(
-    config: OpenVLAConfig, asked: int | None, statistics: Mapping[str, DatasetStatistics], folder: Path
-) -> int:
-    dims = {entry.action.dim for entry in statistics.values()}
-    known = config.discrete_action_dim or asked or (dims.pop() if len(dims) == 1 else None)
-    if known is None:
-        raise CheckpointFolderError(f"{folder}: nothing says how many dimensions an action of its tokens has")
-    return known
-
-
-def _film(folder: Path, use_film: bool | None) -> dict[str, Tensor] | None:
-    """Weights of the vision backbone with FiLM; empty where FiLM is asked for and there are none; None without FiLM."""
-    if use_film is False and has_film(folder):
-        raise ComponentError(
-            f"{folder} has a {COMPONENT}--*_checkpoint.pt: it was trained with FiLM, and needs use_film"
-        )
-    if use_film is False or (use_film is None and not has_film(folder)):
-        return None
-    return from_host(_component(folder, COMPONENT, required=False) or {})
-
-
-def _component(folder: Path, name: str, *, required: bool) -> dict[str, Tensor] | None:
-    """State of the one `<name>--*_checkpoint.pt`, without DDP's prefix; None if absent and not required."""
-    found = sorted(folder.glob(f"*{name}*_checkpoint.pt"))
-    if not found and not required:
-        return None
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ComponentError(f"{folder}: need exactly one {name}--*_checkpoint.pt, found {names}")
-    try:
-        state = read_torch(found[0])
-    except CheckpointError as error:
-        raise CheckpointFolderError(str(error)) from error
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise CheckpointFolderError(f"{found[0]}: expected a dictionary of tensors")
-    return {key.removeprefix(_DDP_PREFIX): value for key, value in state.items()}
-
-
-def _proprio_dim(projector: Mapping[str, Tensor], folder: Path) -> int:
-    weight = projector.get("fc1.weight")
-    if weight is None or weight.ndim != 2:
-        raise CheckpointFolderError(f"{folder}: the file proprio_projector--*_checkpoint.pt holds no proprio projector")
-    return weight.shape[1]
-
-
-def is_diffusion(head: Mapping[str, Tensor]) -> bool:
-    """Whether an action head's weights are a diffusion head's."""
-    return any(key.startswith(_DIFFUSION_PREFIX) for key in head)
-
-
-def _head_action_dim(head: dict[str, Tensor], prefix: str, config: OpenVLAConfig, folder: Path) -> int:
-    try:
-        action_dim, width, _ = (len(head[f"{prefix}{name}.bias"]) for name in ("fc2", "layer_norm1", "fc1"))
-    except (KeyError, TypeError) as error:
-        raise CheckpointFolderError(
-            f"{folder}: the action head is neither an L1 nor a diffusion head, it lacks {error}"
-        ) from error
-    expected = int(config.text.get("hidden_size", 4096)) * action_dim
-    if width != expected:
-        raise CheckpointFolderError(f"{folder}: the action head reads {width} features, the model gives {expected}")
-    return action_dim
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors, single or sharded, as they are named there.
-
-    Raises:
-        CheckpointFolderError: a file is missing or damaged; the message names it.
-    """
-    names = [_SINGLE]
-    if (folder / _INDEX).is_file():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointFolderError(f"{folder / _INDEX}: no weight_map")
-        names = sorted(set(weight_map.values()))
-    state: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise CheckpointFolderError(f"{path} not found; the checkpoint is incomplete")
-        try:
-            state.update(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointFolderError(f"{path} is damaged ({error}); copy or download it again") from error
-    return state
-
-
-def _load(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Strict load; complains with names, and never leaves a weight at its random value."""
-    own = module.state_dict()
-    problems = [f"missing {key}" for key in own if key not in state]
-    problems += [f"unexpected {key}" for key in state if key not in own]
-    problems += [
-        f"{key} is {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
-        raise CheckpointFolderError(f"{where}: weights do not fit: {shown}")
-    module.load_state_dict(state)
-
-
-def _to_timm(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The host renames timm's LayerScale parameter, as its Hugging Face version mangles the name `gamma`."""
-    return {key.replace(".scale_factor", ".gamma"): value for key, value in state.items()}
-
-
-def _from_timm(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key.replace(".gamma", ".scale_factor") if key.startswith("vision_backbone.") else key: value
-        for key, value in state.items()
+def _save_components(vla: OpenVLA, folder: Path, step: int, dtype: torch.dtype) -> None:
+    """The host's `.pt` files of what the policy has; older ones go."""
+    components: dict[str, dict[str, Tensor] | None] = {
+        name: None if module is None else {DDP_PREFIX + key: value for key, value in module.state_dict().items()}
+        for name, module in {
+            "action_head": vla.action_head,
+            "proprio_projector": vla.proprio_projector,
+            "noisy_action_projector": vla.noisy_action_projector,
+        }.items()
     }
+    components[COMPONENT] = to_host(vla.backbone, dtype) if vla.use_film else None  # the host's has no DDP prefix
+    for name, tensors in components.items():
+        for old in folder.glob(f"{name}--*_checkpoint.pt"):
+            old.unlink()  # the host finds components by substring and wants exactly one
+        if tensors is not None:
+            saved = {key: value.to(dtype).cpu() for key, value in tensors.items()}
+            torch.save(saved, folder / f"{name}--{step}_checkpoint.pt")

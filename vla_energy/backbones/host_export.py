@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vla_energy.backbones.config import LLAMA_EMPTY_TOKEN, CheckpointFolderError, OpenVLAConfig, read_json
-from vla_energy.backbones.folder import read_weights
+from vla_energy.backbones.weights import read_weights
 
 LLAMA_VOCAB, LLAMA_PADDING = 32000, 64
 """Tokens of Llama-2, and the rows that openvla adds to its embedding."""

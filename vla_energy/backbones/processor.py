@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from vla_energy.backbones.config import CheckpointFolderError, OpenVLAConfig, read_json
-from vla_energy.backbones.openvla import STOP_ID, append_actions
+from vla_energy.backbones.sequence import STOP_ID, append_actions
 
 _EMPTY_TOKEN = "▁"
 _STOP_TOKEN = "</s>"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,26 @@ from typing import Any
 import numpy as np
 
 GRIPPERS = ("none", "libero", "bridge")
+_DEEPEST = 100  # levels of a YAML file
 _OPEN, _CLOSED = 0.95, 0.05  # Bridge: beyond these the gripper command is unambiguous
 _SLICED_KEY = re.compile(r"(?P<path>[^\[\]]+)(\[(?P<start>-?\d{1,9})?:(?P<stop>-?\d{1,9})?\])?")
 
 
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxlist, _REPR.maxstring, _REPR.maxlong = 2, 8, 60, 60
+
+
 class DatasetError(ValueError):
     """A dataset is missing, broken, or not what the configuration says; the message names the fix."""
+
+
+def _shown(value: Any) -> str:
+    """A value from a file as an error shows it: its beginning, where it is long."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer with more digits than Python writes
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def parse_key(key: str) -> tuple[str, slice]:
@@ -41,7 +56,7 @@ def parse_key(key: str) -> tuple[str, slice]:
     """
     match = _SLICED_KEY.fullmatch(key) if isinstance(key, str) else None
     if match is None:
-        raise DatasetError(f"bad key {key!r}: expected a path such as 'state', or with a slice, 'state[:6]'")
+        raise DatasetError(f"bad key {_shown(key)}: expected a path such as 'state', or with a slice, 'state[:6]'")
     start, stop = (None if match[name] is None else int(match[name]) for name in ("start", "stop"))
     return match["path"], slice(start, stop)
 
@@ -76,22 +91,22 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         if self.gripper not in GRIPPERS:
-            raise DatasetError(f"gripper={self.gripper!r}: expected one of {', '.join(GRIPPERS)}")
+            raise DatasetError(f"gripper={_shown(self.gripper)}: expected one of {', '.join(GRIPPERS)}")
         if not isinstance(self.proprio_keys, (list, tuple)):
-            raise DatasetError(f"proprio_keys={self.proprio_keys!r}: expected a list of keys")
+            raise DatasetError(f"proprio_keys={_shown(self.proprio_keys)}: expected a list of keys")
         object.__setattr__(self, "proprio_keys", tuple(self.proprio_keys))
         if self.action_mask is not None:
             if not isinstance(self.action_mask, (list, tuple)) or not all(
                 isinstance(entry, bool) for entry in self.action_mask
             ):
-                raise DatasetError(f"action_mask={self.action_mask!r}: expected a list of true and false")
+                raise DatasetError(f"action_mask={_shown(self.action_mask)}: expected a list of true and false")
             object.__setattr__(self, "action_mask", tuple(self.action_mask))
         if not isinstance(self.drop_first_step, bool):
-            raise DatasetError(f"drop_first_step={self.drop_first_step!r}: expected true or false")
+            raise DatasetError(f"drop_first_step={_shown(self.drop_first_step)}: expected true or false")
         for name in ("image_key", "action_key", "language_key", "wrist_image_key"):
             value = getattr(self, name)
             if not (isinstance(value, str) and value) and (name, value) != ("wrist_image_key", None):
-                raise DatasetError(f"{name}={value!r}: expected a key")
+                raise DatasetError(f"{name}={_shown(value)}: expected a key")
         for key in (*self.proprio_keys, *([] if self.motion_key is None else [self.motion_key])):
             parse_key(key)
 
@@ -155,14 +170,17 @@ def dataset_config(name: str, overrides_path: str | Path | None = None) -> Datas
             raise DatasetError(
                 f"unknown dataset {name!r}; known: {known}. To add it, write its keys "
                 f'to a JSON or YAML file, {{"{name}": {{"image_key": ..., "action_mask": [...]}}}}, and pass that file '
-                f"as the dataset configuration. Fields: {_field_names()}"
+                f"as --dataset-config FILE (finetune_energy.py: --dataset_config FILE). Fields: {_field_names()}"
             )
         return base
     entry = overrides[name]
     known = {field.name for field in fields(DatasetConfig)}
     if not isinstance(entry, dict) or not set(entry) <= known:
-        unknown = sorted(map(str, set(entry) - known)) if isinstance(entry, dict) else entry
-        raise DatasetError(f"{overrides_path}: {name}: unknown {unknown}; the fields are {_field_names()}")
+        unknown = sorted(map(_shown, set(entry) - known)) if isinstance(entry, dict) else [_shown(entry)]
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise DatasetError(
+            f"{overrides_path}: {name}: unknown {', '.join(unknown[:5])}{more}; the fields are {_field_names()}"
+        )
     try:
         return replace(base or DatasetConfig(), **entry)
     except DatasetError as error:
@@ -176,17 +194,29 @@ def _field_names() -> str:
 def _read_overrides(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
-
-            data = yaml.safe_load(text)
-        else:
-            data = json.loads(text)
+        data = _read_yaml(text, path) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except DatasetError:
+        raise
     except Exception as error:  # OSError, UnicodeDecodeError, and the parsers' own, whose bases differ
         raise DatasetError(f"cannot read the dataset configuration {path}: {error}") from error
     if not isinstance(data, dict):
         raise DatasetError(f"{path}: expected {{dataset name: {{field: value}}}}")
     return data
+
+
+def _read_yaml(text: str, path: Path) -> Any:
+    """YAML without aliases: a few hundred bytes of them can stand for more values than any memory holds."""
+    import yaml
+
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            line = event.start_mark.line + 1
+            raise DatasetError(f"{path}, line {line}: aliases are not read here: write out what *{event.anchor:.50} is")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:  # the parser takes the square of the depth
+            raise DatasetError(f"{path} nests more than {_DEEPEST} levels deep")
+    return yaml.safe_load(text)
 
 
 def standardize(config: DatasetConfig, actions: np.ndarray, motion: np.ndarray) -> tuple[np.ndarray, slice]:

@@ -132,7 +132,7 @@ class RldsSource:
         name = split if split in stored else "train"
         if name not in stored:
             raise DatasetError(f"{self.folder} has no split 'train'; it has: {', '.join(stored) or 'none'}")
-        lengths, files = stored[name].shard_lengths, [str(path) for path in stored[name].filepaths]
+        lengths, files = stored[name].shard_lengths, self._files(name)
         start, stop = 0, sum(lengths)
         if "val" not in stored:
             held_out = max(1, round(self._val_fraction * stop)) if self._val_fraction else 0
@@ -146,6 +146,12 @@ class RldsSource:
         if not shards:
             raise DatasetError(f"split {split!r} of {self.folder} is empty ({first} episodes stored as {name!r})")
         return shards
+
+    def _files(self, split: str) -> list[str]:
+        try:
+            return [str(path) for path in self._info.splits[split].filepaths]
+        except (ValueError, KeyError) as error:  # tfds' own, about the template of the names
+            raise DatasetError(f"{self.folder / INFO}: the file names of split {split!r}: {error}") from error
 
     def digest(self, split: str) -> str:
         """Hash of everything that the statistics of `split` depend on."""

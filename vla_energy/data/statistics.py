@@ -36,7 +36,7 @@ def split_statistics(source: RldsSource, split: str) -> DatasetStatistics:
         if path.is_file():
             try:
                 return DatasetStatistics.from_dict(json.loads(path.read_text()), str(path))
-            except (OSError, ValueError, StatisticsError) as error:
+            except (OSError, ValueError, RecursionError, StatisticsError) as error:
                 warnings.warn(f"the statistics cache {path} is broken and is computed anew: {error}", stacklevel=2)
     statistics = compute_statistics(source, split)
     _save(statistics, [folder / name for folder in folders])

@@ -58,11 +58,16 @@ def run(args: argparse.Namespace) -> int:
 
 def diagnose(subject: Subject) -> list[Finding]:
     """All findings about a subject: the environment's, then the host's and the checkpoint's where they are given."""
-    findings = examine(_environment(subject), subject)
+    from tqdm import tqdm
+
+    environment = _environment(subject)
+    checkpoint = [] if subject.checkpoint is None else _checkpoint()
+    with tqdm(total=len(environment) + len(checkpoint), disable=None, leave=False, unit="check") as bar:
+        findings = examine(environment, subject, bar) + examine(checkpoint, subject, bar)
     if subject.checkpoint is None:
         remedy = "pass --checkpoint DIR"
-        return [*findings, Finding("checkpoint", "not checked", "none was given: the environment alone", remedy=remedy)]
-    return findings + examine(_checkpoint(), subject)
+        findings.append(Finding("checkpoint", "not checked", "none was given: the environment alone", remedy=remedy))
+    return findings
 
 
 def _environment(subject: Subject) -> list[Check]:

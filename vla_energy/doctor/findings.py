@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from vla_energy.doctor.policy import Policy
 
 Status = Literal["ok", "warning", "problem", "not checked"]
@@ -106,10 +108,18 @@ class Check:
     cost: str
 
 
-def examine(checks: Sequence[Check], subject: Subject) -> list[Finding]:
-    """The findings of all checks; a check that raises is itself a problem, and the others go on."""
+def examine(checks: Sequence[Check], subject: Subject, bar: tqdm | None = None) -> list[Finding]:
+    """The findings of all checks; a check that raises is itself a problem, and the others go on.
+
+    Args:
+        checks: to run, in order.
+        subject: what they look at.
+        bar: is told each check's name, and moved on after it.
+    """
     findings: list[Finding] = []
     for check in checks:
+        if bar is not None:
+            bar.set_description(check.name)
         try:
             findings += list(check.run(subject))
         except NotCheckedError as reason:
@@ -118,6 +128,8 @@ def examine(checks: Sequence[Check], subject: Subject) -> list[Finding]:
             what = " ".join(str(error).split()) or "no message"
             text = f"could not be checked: {type(error).__name__}: {what}"
             findings.append(Finding(check.name, "problem", text, check.cost, "mend what the message names, run again"))
+        if bar is not None:
+            bar.update()
     return findings
 
 

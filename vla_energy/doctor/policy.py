@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vla_energy.doctor import towers
 from vla_energy.doctor.findings import Finding, NotCheckedError, Subject
+from vla_energy.durable import read_torch
 
 Batch = dict[str, Tensor]
 LLAMA_VOCABULARY = 32000
@@ -151,11 +152,15 @@ def is_discrete(folder: Path) -> bool:
 
 
 def component(folder: Path, name: str) -> dict[str, Tensor] | None:
-    """Weights of `name--*_checkpoint.pt` without DDP's prefix, or None where there is no such file, or several."""
+    """Weights of `name--*_checkpoint.pt` without DDP's prefix, or None where there is no such file, or several.
+
+    Raises:
+        CheckpointError: it is damaged, compressed, or holds more than weights.
+    """
     found = sorted(folder.glob(f"{name}--*_checkpoint.pt"))
     if len(found) != 1:
         return None
-    state = torch.load(found[0], map_location="cpu", weights_only=True)
+    state = read_torch(found[0])
     return {key.removeprefix("module."): value.float() for key, value in state.items()}
 
 

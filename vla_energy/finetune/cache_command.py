@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder, or embedded")
     parser.add_argument("--data-root-dir", required=True, metavar="DIR", help="folder with RLDS datasets, or embedded")
     parser.add_argument("--dataset-name", required=True, help="the dataset that the policy was trained on")
+    parser.add_argument("--dataset-config", metavar="FILE", help="JSON or YAML file that names its fields, if unknown")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the cache")
     parser.add_argument("--split", default="train", help="train (default) or val")
     parser.add_argument("--statistics", metavar="NAME", help="whose statistics, where the checkpoint has several")
@@ -41,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     options = CacheOptions(args.split, args.dtype, args.pool, args.batch_size, args.shard_frames, args.max_frames)
     builder = CacheBuilder(
         args.checkpoint, args.data_root_dir, args.dataset_name, args.out, options,
-        statistics_of=args.statistics, device=args.device, seed=args.seed, precision=args.precision,
-        layer_exits=args.layer_exits,
+        statistics_of=args.statistics, dataset_config=args.dataset_config, device=args.device, seed=args.seed,
+        precision=args.precision, layer_exits=args.layer_exits,
     )  # fmt: skip
     if args.dry_run:
         told = {"frames": builder.manifest.frames, "bytes": builder.size, "left": builder.left}

@@ -52,8 +52,8 @@ class FinetuneConfig:
         use_lora, lora_rank, lora_dropout: False trains every weight.
         merge_lora_during_training: checkpoints hold merged weights, ready to load; False keeps the adapters only
             in the training state.
-        wandb_entity, wandb_project: W&B; empty is off. TensorBoard and metrics.jsonl are always written. The
-            environment variable TRACKIO_PROJECT=NAME starts Trackio.
+        wandb_entity, wandb_project: W&B; empty is off. TensorBoard and metrics.jsonl are always written.
+        trackio_project: Trackio, on this machine; empty takes the environment variable TRACKIO_PROJECT, else is off.
         run_id_note, run_id_override: name of the run.
         wandb_log_freq: steps between two rows of metrics.
         energy_warm_steps: optimiser steps in which the head's learning rate rises.
@@ -106,6 +106,7 @@ class FinetuneConfig:
     merge_lora_during_training: bool = True
     wandb_entity: str = ""
     wandb_project: str = ""
+    trackio_project: str = ""
     run_id_note: str | None = None
     run_id_override: str | None = None
     wandb_log_freq: int = 10
@@ -129,6 +130,9 @@ class FinetuneConfig:
         Raises:
             FlagError: names the flag and what to do.
         """
+        for entry in fields(self):  # draccus takes a file's null for any of them
+            if getattr(self, entry.name) is None and entry.default is not None:
+                raise FlagError(f"--{entry.name}: needs a value, and not null")
         self._check_diffusion()
         self._check_samples()
         if self.precision not in ("bf16", "fp32"):

@@ -10,9 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from vla_energy.cache import DTYPES, MANIFEST, CachedFrames, CacheError, Manifest, frame_bytes, is_whole, pack
@@ -21,6 +18,7 @@ from vla_energy.config import checks
 from vla_energy.data import dataset_config
 from vla_energy.data.rlds_folder import FEATURES, INFO, find_folder
 from vla_energy.finetune.frames import FrameReader, PolicyFrames
+from vla_energy.finetune.pooling import patch_grid, pool_patches
 from vla_energy.fingerprint import fingerprint, fingerprint_files
 
 
@@ -59,7 +57,8 @@ class CacheBuilder:
     """Plans and builds one cache.
 
     Args:
-        checkpoint, data_root, dataset, statistics_of, device, seed, precision, layer_exits: see `FrameReader`.
+        checkpoint, data_root, dataset, statistics_of, dataset_config, device, seed, precision, layer_exits: see
+            `FrameReader`.
         out: folder of the cache.
         options: everything else.
 
@@ -107,7 +106,8 @@ class CacheBuilder:
                 "root": data_root,
                 "name": dataset,
                 "split": options.split,
-                "fingerprint": dataset_fingerprint(reader.data_root, dataset),
+                "fingerprint": dataset_fingerprint(reader.data_root, dataset, asked.get("dataset_config")),
+                "config": asked.get("dataset_config"),
                 "statistics_of": asked.get("statistics_of"),
             },
             kept,
@@ -216,45 +216,20 @@ class CacheBuilder:
         return shutil.disk_usage(place).free
 
 
-def dataset_fingerprint(data_root: str | Path, dataset: str) -> str:
+def dataset_fingerprint(data_root: str | Path, dataset: str, config: str | Path | None = None) -> str:
     """16 hex digits of a dataset's files and of how its fields are named; see `fingerprint_files`.
 
+    Args:
+        data_root: folder with the dataset's.
+        dataset: its name.
+        config: file that names the fields of a dataset we do not know.
+
     Raises:
-        DatasetError: there is no such dataset.
+        DatasetError: there is no such dataset, or nothing names its fields.
     """
     folder = find_folder(data_root, dataset)
     shards = sorted(path for path in folder.iterdir() if ".tfrecord" in path.name)
-    return fingerprint_files([folder / INFO, folder / FEATURES, *shards], repr(dataset_config(dataset)))
-
-
-def patch_grid(patches: int, pool: int) -> int:
-    """Patches along a side of a square image.
-
-    Raises:
-        ValueError: they are no square, or cannot be pooled by `pool`; the message has what can be.
-    """
-    side = math.isqrt(patches)
-    if side * side != patches:
-        raise ValueError(f"{patches} patches an image are no square: they cannot be pooled; leave --pool out")
-    possible = [divisor for divisor in range(1, side + 1) if side % divisor == 0]
-    checks.require(pool in possible, "--pool", pool, f"one of {possible}: an image has {side} x {side} patches")
-    return side
-
-
-def pool_patches(context: Tensor, mask: Tensor, grid: int, images: int, pool: int) -> tuple[Tensor, Tensor]:
-    """Contexts with the mean of each `pool` x `pool` patches in their place: `(B,S',D)` and `(B,S')`.
-
-    Args:
-        context, mask: `(B,S,D)` and `(B,S)`: BOS, then the patches of all images, row by row, then the rest.
-        grid: patches along an image's side.
-        images: cameras.
-    """
-    rows, last = len(context), 1 + images * grid**2
-    patches = context[:, 1:last].reshape(rows * images, grid, grid, -1).permute(0, 3, 1, 2)
-    pooled = avg_pool2d(patches.float(), pool).flatten(2).transpose(1, 2).reshape(rows, -1, context.shape[2])
-    kept = mask[:, 1 : 1 + pooled.shape[1]]
-    pooled_mask = torch.cat([mask[:, :1], torch.ones_like(kept), mask[:, last:]], 1)
-    return torch.cat([context[:, :1], pooled.to(context.dtype), context[:, last:]], 1), pooled_mask
+    return fingerprint_files([folder / INFO, folder / FEATURES, *shards], repr(dataset_config(dataset, config)))
 
 
 def _runs(indices: Iterable[int]) -> list[tuple[int, int]]:

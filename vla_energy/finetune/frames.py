@@ -69,6 +69,7 @@ class FrameReader:
         data_root, dataset: as `data_root_dir` and `dataset_name` of the fine-tuning.
         statistics_of: which of the checkpoint's statistics normalise the actions; by default the only ones, or those
             under the dataset's name. Never the dataset's own: a checkpoint's actions mean what it was trained on.
+        dataset_config: file that names the fields of a dataset we do not know, as `dataset_config` of the fine-tuning.
         device: of the policy.
         seed: of the order of frames.
         precision: "fp32", or "bf16" for autocast, as in the fine-tuning.
@@ -93,6 +94,7 @@ class FrameReader:
         dataset: str,
         *,
         statistics_of: str | None = None,
+        dataset_config: str | None = None,
         device: str = "cpu",
         seed: int = 0,
         precision: str = "fp32",
@@ -100,7 +102,7 @@ class FrameReader:
     ) -> None:
         config = FinetuneConfig(
             vla_path=checkpoint, data_root_dir=data_root, dataset_name=dataset, precision=precision, seed=seed,
-            device=device, image_aug=False, energy=EnergyConfig(freeze_backbone=True),
+            device=device, dataset_config=dataset_config, image_aug=False, energy=EnergyConfig(freeze_backbone=True),
         )  # fmt: skip
         folder = vla_folder(config)
         if not folder.is_dir():

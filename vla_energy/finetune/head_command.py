@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--val-cache", metavar="DIR", help="cache of the split val: ranking, and the gate's margin")
     parser.add_argument("--checkpoint", metavar="DIR", help="the cache's checkpoint (default: where it was)")
     parser.add_argument("--data-root-dir", metavar="DIR", help="the cache's data (default: where they were)")
+    parser.add_argument("--dataset-config", metavar="FILE", help="what names their fields (default: where it was)")
     parser.add_argument("--presets", metavar="A,B", help="settings to train one head each with, see configs/")
     parser.add_argument("--epochs", type=float, metavar="E", help="passes over the cache (default 10)")
     parser.add_argument("--max-steps", type=int, metavar="N", help="optimiser steps, instead of --epochs")
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     import json
 
     from vla_energy.finetune.head_runs import HeadRuns
-    from vla_energy.rollout.summary import to_json
+    from vla_energy.results import to_json
 
     runs = HeadRuns(args, {name: value for name, value in vars(args).items() if name.startswith(_PREFIX)})
     told = {}

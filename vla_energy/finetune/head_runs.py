@@ -47,7 +47,7 @@ class HeadRuns:
                 raise FlagError(f"{flag} {value}: must be 1 or more")
         self.cache = FeatureCache(args.cache)
         self.held_out = None if args.val_cache is None else FeatureCache(args.val_cache)
-        check_made_of(self.cache, args.checkpoint, args.data_root_dir)
+        check_made_of(self.cache, args.checkpoint, args.data_root_dir, args.dataset_config)
         given = {name: value for name, value in energy.items() if value is not None}
         names = [] if args.presets is None else [name.strip() for name in args.presets.split(",")]
         for name in names:
@@ -104,13 +104,16 @@ def parse_energy(preset: Mapping[str, Any], given: Mapping[str, str]) -> EnergyC
             raise FlagError(f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")) from error
 
 
-def check_made_of(cache: FeatureCache, checkpoint: str | None = None, root: str | None = None) -> None:
+def check_made_of(
+    cache: FeatureCache, checkpoint: str | None = None, root: str | None = None, config: str | None = None
+) -> None:
     """Refuses a cache that was made of other files than those it will be used with.
 
     Args:
         cache: to check.
         checkpoint: folder; by default where the cache's was when it was built.
         root: of the data, likewise; without it, data that are gone are no error, as nothing is read from them.
+        config: file that names the fields of the data, likewise.
 
     Raises:
         CacheError: the checkpoint, its statistics or the dataset differ.
@@ -122,13 +125,15 @@ def check_made_of(cache: FeatureCache, checkpoint: str | None = None, root: str 
     folder, name = vla_folder(given), manifest.dataset["name"]
     if not folder.is_dir():
         raise CacheError(f"{made_here}: its checkpoint {folder} is not there; say with --checkpoint where it is")
-    build = f"build a cache of these: {_again(manifest, checkpoint, root)}"
+    build = f"build a cache of these: {_again(manifest, checkpoint, root, config)}"
     _check_statistics(manifest, folder, made_here, build)
     if fingerprint(folder, policy_only=True) != manifest.checkpoint["fingerprint"]:
         raise CacheError(f"{made_here} was made of another checkpoint than {folder} is now; {build}")
     try:
-        found = dataset_fingerprint(data_root(given), name)
+        found = dataset_fingerprint(data_root(given), name, config or manifest.dataset.get("config"))
     except (DatasetError, OSError) as error:
+        if config is not None:
+            raise CacheError(f"--dataset-config {config}: {error}") from error
         if root is not None:
             raise CacheError(f"--data-root-dir {root}: {error}") from error
         return
@@ -146,8 +151,10 @@ def _check_statistics(manifest: Manifest, folder: Path, made_here: Path, build: 
         raise CacheError(f"{made_here} was made with other normalisation statistics than {folder} has; {build}")
 
 
-def _again(manifest: Manifest, checkpoint: str | None, root: str | None) -> str:
+def _again(manifest: Manifest, checkpoint: str | None, root: str | None, config: str | None) -> str:
     here = Manifest(**vars(manifest))
     here.checkpoint = {**manifest.checkpoint, "folder": checkpoint or manifest.checkpoint["folder"]}
     here.dataset = {**manifest.dataset, "root": root or manifest.dataset["root"]}
+    if config is not None:
+        here.dataset["config"] = config
     return here.command("ANOTHER_FOLDER")

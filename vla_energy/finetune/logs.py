@@ -10,10 +10,7 @@ from dataclasses import asdict
 from vla_energy.checkpoint import CheckpointError, atomic_write
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.trackers import Guarded, wanted_trackers
-from vla_energy.rollout.summary import versions
-
-SETTINGS = "settings.json"
-"""File in a run's folder: its `flags`, and the `versions` of Python and packages; for people and the report."""
+from vla_energy.results import SETTINGS, versions
 
 
 class MetricLog:

@@ -14,14 +14,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="checkpoint folder; the memory goes there")
     parser.add_argument("--data-root-dir", required=True, metavar="DIR", help="folder with RLDS datasets")
     parser.add_argument("--dataset-name", required=True, help="the dataset that the policy was trained on")
+    parser.add_argument("--dataset-config", metavar="FILE", help="JSON or YAML file that names its fields, if unknown")
     parser.add_argument("--statistics", metavar="NAME", help="whose statistics, where the checkpoint has several")
     parser.add_argument("--max-frames", type=int, default=50_000, metavar="N", help="frames to keep (default 50000)")
     parser.add_argument("--device", default="cpu", help="device of the policy (default cpu)")
     parser.add_argument("--seed", type=int, default=0, help="of projection and frames (default 0)")
+    parser.add_argument("--json", action="store_true", help="print path, frames and size as JSON instead of words")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command."""
+    import json
     from pathlib import Path
 
     from vla_energy.finetune.frames import FrameReader
@@ -36,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{old[0]} is there already: delete it to build another")
     reader = FrameReader(
         args.checkpoint, args.data_root_dir, args.dataset_name,
-        statistics_of=args.statistics, device=args.device, seed=args.seed,
+        statistics_of=args.statistics, dataset_config=args.dataset_config, device=args.device, seed=args.seed,
     )  # fmt: skip
     batches = (
         MemoryBatch(frames.context, frames.context_mask, frames.policy, frames.expert, frames.episodes)
@@ -44,5 +47,6 @@ def run(args: argparse.Namespace) -> int:
     )
     memory = ChunkMemory.build(batches, reader.statistics, max_frames=args.max_frames, seed=args.seed)
     path = memory.save(folder, step=0)
-    print(f"{len(memory)} frames in {memory.nbytes / 1e6:.1f} MB: {path}")
+    told = {"frames": len(memory), "bytes": memory.nbytes, "path": str(path)}
+    print(json.dumps(told) if args.json else f"{len(memory)} frames in {memory.nbytes / 1e6:.1f} MB: {path}")
     return 0

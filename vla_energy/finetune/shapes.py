@@ -24,12 +24,11 @@ from vla_energy.head import EnergyHead
 from vla_energy.landscape import plane_slice, step_slice
 from vla_energy.measures import pairs_by_band
 from vla_energy.rerank import scoring
-from vla_energy.rollout.summary import write_json
+from vla_energy.results import SHAPES, write_json
 
 if TYPE_CHECKING:
     from vla_energy.monitors import Batch, RankingReport
 
-SHAPES = "shapes.json"
 FRAMES = 3
 _PLANE, _STEPS = 25, 31  # the plane: 1 more than a multiple of 3 and odd, so that both chunks are on the grid
 _DIGITS = 5

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -24,11 +25,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.results import SETTINGS, read_rows
 
 logger = logging.getLogger(__name__)
 
 TRACKIO = "TRACKIO_PROJECT"
-"""Environment variable with the project's name; it starts Trackio, whose database is on this machine."""
+"""Environment variable with the project's name, where `--trackio_project` does not say it."""
+
+
+_REMEDIES = {
+    "W&B": "log in once with `wandb login`; without a network set WANDB_MODE=offline, and `wandb sync` sends it later",
+    "Trackio": "its runs are on this machine: is its folder writable, and `pip install --upgrade trackio` done?",
+}
+"""What to do when the rows cannot be sent again."""
 
 
 class Tracker(Protocol):
@@ -100,11 +109,6 @@ class Guarded:
         self._tracker: Tracker | None = None
         self._attempt(lambda: setattr(self, "_tracker", start()))
 
-    @property
-    def works(self) -> bool:
-        """Whether rows still go there."""
-        return self._tracker is not None
-
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """One row, while the tracker works."""
         if (tracker := self._tracker) is not None:
@@ -135,12 +139,17 @@ def installed(module: str, flag: str) -> Any:
     """The tracker's module.
 
     Raises:
-        FlagError: it is asked for by `flag` and not installed.
+        FlagError: it is asked for by `flag` and not installed, or its own import fails.
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise FlagError(f"{flag} is set but {module} is not installed: pip install {module}") from error
+    except Exception as error:  # whatever runs when a library is imported
+        if isinstance(error, ImportError) and importlib.util.find_spec(module) is None:
+            raise FlagError(f"{flag} is set but {module} is not installed: pip install {module}") from error
+        raise FlagError(
+            f"{flag} is set but {module}, which is installed, cannot be imported ({type(error).__name__}: {error}): "
+            f"mend it, as with pip install --upgrade {module}, or leave the flag out"
+        ) from error
 
 
 def wanted_trackers(
@@ -149,15 +158,16 @@ def wanted_trackers(
     """Name -> what starts it, of the trackers of a run.
 
     Args:
-        config: its `run_dir` gets TensorBoard's events; `wandb_project` and `wandb_entity` are the original's.
+        config: its `run_dir` gets TensorBoard's events; `wandb_project` and `wandb_entity` are the original's flags.
         settings: shown beside the run.
         step: that the run goes on from.
 
     Raises:
-        FlagError: W&B or Trackio is asked for and not installed.
+        FlagError: W&B or Trackio is asked for and not installed, or cannot be imported.
     """
     run_dir = config.run_dir
-    wanted = projects(config.wandb_project, config.wandb_entity, os.environ.get(TRACKIO, ""), run_dir, settings)
+    trackio = config.trackio_project or os.environ.get(TRACKIO, "")
+    wanted = projects(config.wandb_project, config.wandb_entity, trackio, run_dir, settings)
     return {"TensorBoard": lambda: TensorBoard(run_dir, step), **wanted}
 
 
@@ -167,7 +177,7 @@ def projects(
     """Name -> what starts it, of W&B and Trackio where a project is named; the run is called `ft+` and the folder.
 
     Raises:
-        FlagError: it is not installed.
+        FlagError: it is not installed, or cannot be imported.
     """
     wanted: dict[str, Callable[[], Tracker]] = {}
     run, shown = f"ft+{run_dir.name}", json.loads(json.dumps(dict(settings), default=str))
@@ -176,7 +186,7 @@ def projects(
         owner = wandb_entity or None
         wanted["W&B"] = lambda: Project(wandb, entity=owner, project=wandb_project, name=run, config=shown)
     if trackio_project:
-        trackio = installed("trackio", TRACKIO)
+        trackio = installed("trackio", f"--trackio_project (or {TRACKIO})")
         wanted["Trackio"] = lambda: Project(trackio, project=trackio_project, name=run, config=shown)
     return wanted
 
@@ -190,30 +200,34 @@ def send(rows: Sequence[Mapping[str, Any]], tracker: Tracker) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Sends a run's rows to a tracker again; returns the exit code."""
+    """Sends a run's rows to a tracker again; returns the exit code: 1 where a tracker fails, 2 for wrong arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder with metrics.jsonl")
     parser.add_argument("--wandb_project", default="", metavar="NAME")
     parser.add_argument("--wandb_entity", default="", metavar="NAME")
     parser.add_argument("--trackio_project", default="", metavar="NAME")
     args = parser.parse_args(argv)
-    from vla_energy.report.runs import read_rows
-
     try:
-        rows = read_rows(args.run)
-        stored = args.run / "settings.json"
+        rows = read_rows(args.run, lambda note: print(f"note: {note}", file=sys.stderr))
+        stored = args.run / SETTINGS
         settings = json.loads(stored.read_text()) if stored.is_file() else {}
         run = args.run.resolve()
         wanted = projects(args.wandb_project, args.wandb_entity, args.trackio_project, run, settings)
         if not wanted:
             raise ValueError("name a project: --wandb_project NAME or --trackio_project NAME")
-        for name, start in wanted.items():
-            send(rows, start())
-            print(f"{name}: {len(rows)} rows")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    failed = False
+    for name, start in wanted.items():
+        try:
+            send(rows, start())
+            print(f"{name}: {len(rows)} rows")
+        except Exception as error:  # of a library and of a network: there is no list of them
+            failed = True
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"error: {name} failed ({told}); {_REMEDIES[name]}", file=sys.stderr)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ class Trainer:
 
     def __init__(self, config: FinetuneConfig, ranks: Ranks = ALONE) -> None:
         self.config, self.ranks = config, ranks
+        checkpoints.check_ranks(config, ranks)
         # All are there before one of them writes, and none trains where another could not load.
         ranks.each(self._load)
         ranks.check_equal((self.job.vla, self.head), "at the start")

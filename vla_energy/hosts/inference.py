@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_energy.advisor import load_advisor
+from vla_energy.arms import BOTH, MODES, split_arm
 from vla_energy.fallback import Fallback
-from vla_energy.gates import load_advisor
 from vla_energy.hosts.hidden_states import (
     HiddenStates,
     HostError,
@@ -29,7 +30,7 @@ from vla_energy.hosts.hidden_states import (
 )
 from vla_energy.hosts.prompts import Instructions
 from vla_energy.hosts.training import host_statistics
-from vla_energy.modes import BOTH, MODES, Frame, split_arm
+from vla_energy.modes import Frame
 
 logger = logging.getLogger(__name__)
 

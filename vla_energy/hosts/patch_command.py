@@ -35,7 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command; `check` returns 1 where applying would not work."""
+    """Runs the command; `check` returns 1 where applying would not work.
+
+    Raises:
+        PatchError: there is no folder at PATH, or else why the lines cannot be added or taken out.
+    """
+    if not Path(args.path).is_dir():
+        raise PatchError(f"{args.path} is not a folder; name an openvla-oft checkout")
     patch = load_patch(args.patch)
     if args.only:
         patch = patch.only(args.only)

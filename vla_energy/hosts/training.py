@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import CheckpointError, atomic_write, load_head, save_head
 from vla_energy.distributed import current
+from vla_energy.durable import read_torch
 from vla_energy.guard import GuardedOptimizer
 from vla_energy.head import EnergyHead
 from vla_energy.hosts.config import HostEnergyConfig
@@ -220,12 +221,12 @@ class EnergyPlugin:
         paths = sorted(folder.glob(_STATE.format("*")))
         if len(paths) != 1:
             raise CheckpointError(f"{folder}: {len(paths)} files {_STATE.format('*')}, expected one to resume from")
+        state = read_torch(paths[0])
         try:
-            state = torch.load(paths[0], map_location="cpu", weights_only=True)
             self.guard.load_state_dict(state["guard"])
             self.step = int(state["step"])
-        except Exception as error:  # torch raises half a dozen types for damaged files
-            raise CheckpointError(f"{paths[0]} is damaged: {error}") from error
+        except Exception as error:  # torch raises what it likes on another optimiser's state
+            raise CheckpointError(f"{paths[0]} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> list[str]:

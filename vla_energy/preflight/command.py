@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--data-root-dir", required=True, metavar="DIR", help="folder with RLDS datasets")
     parser.add_argument("--dataset-name", required=True, help="dataset whose held-out split is measured on")
+    parser.add_argument("--dataset-config", metavar="FILE", help="JSON or YAML file that names its fields, if unknown")
     parser.add_argument("--split", default="val", help="split (default val); the memory must not hold it")
     parser.add_argument("--statistics", metavar="NAME", help="whose statistics, where the checkpoint has several")
     parser.add_argument(
@@ -40,15 +41,16 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command."""
     from pathlib import Path
 
+    from vla_energy.advisor import load_advisor
     from vla_energy.config import EnergyConfig
     from vla_energy.finetune.frames import FrameReader
     from vla_energy.fingerprint import fingerprint
-    from vla_energy.gates import load_advisor, load_gates, save_gates
+    from vla_energy.gates import load_gates, save_gates
     from vla_energy.preflight.measure import measure
     from vla_energy.preflight.trials import read_trials
     from vla_energy.preflight.verdict import judge
     from vla_energy.report.preflight import write_page
-    from vla_energy.rollout.summary import check_writable, to_json, write_json
+    from vla_energy.results import check_writable, to_json, write_json
 
     if args.max_frames < 1:
         raise ValueError(f"--max-frames {args.max_frames}: must be 1 or more")
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     check_writable(out / "preflight.json")
     reader = FrameReader(
         args.checkpoint, args.data_root_dir, args.dataset_name,
-        statistics_of=args.statistics, device=args.device, seed=args.seed,
+        statistics_of=args.statistics, dataset_config=args.dataset_config, device=args.device, seed=args.seed,
     )  # fmt: skip
     vla = reader.vla
     advisor = load_advisor(
@@ -105,7 +107,7 @@ def _say_replaced(before: dict[str, str], now: dict[str, str], rollouts: list[st
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("checkpoint", "dataset_name", "split", "rollouts", "max_frames", "seed")
+    names = ("checkpoint", "dataset_name", "dataset_config", "split", "rollouts", "max_frames", "seed")
     return {name: getattr(args, name) for name in names}
 
 

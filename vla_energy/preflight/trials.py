@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla_energy.modes import split_arm
+from vla_energy.arms import split_arm
 
 _NEVER = ("recommended",)  # what is to be decided here cannot be what decides
 _FEWEST = 8

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vla_energy.arms import split_arm
 from vla_energy.config import RerankConfig
-from vla_energy.modes import split_arm
 from vla_energy.preflight.effects import Effect, calibrate, effect, gate_curve, halves
 from vla_energy.preflight.measure import Measured
 from vla_energy.preflight.trials import Trials

@@ -44,7 +44,10 @@ def reasons_of(
             text += f"; {found.episodes} held-out episodes judge it, nothing is advised below {FEWEST}"
         if not math.isfinite(gates[mode]):
             text += "; no margin was safe on the episodes that calibrate, so its gate stays shut"
-            text += f" ({fewest_draws(risk)} of them are the fewest that can show it)"
+            few = fewest_draws(risk)
+            text += (
+                f" ({few} of them are the fewest that can show it; half of all calibrate, so {2 * few} held-out ones)"
+            )
         elif mode != "retrieve" and found.l1_oracle > (1 - _HEADROOM) * found.l1_policy:
             text += (
                 f"; even the best candidate has {found.l1_oracle:.4f}, there is little to choose: its gate stays shut"

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rollout", action="append", default=[], metavar="FILE",
         help="results of vla-energy rollout, where the run's folder has no rollout.json; again for the next run",
     )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print the page's path, last metrics and what is missing")
+    parser.add_argument(
+        "--json", action="store_true", help="print the page's path, last metrics, what is missing or not finite"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vla_energy.extras import require
     from vla_energy.report.runs import read_runs
-    from vla_energy.rollout.summary import check_writable, to_json
+    from vla_energy.results import check_writable, to_json
 
     require("native", {"matplotlib": "3.8"})
     from vla_energy.report.html import write_report
@@ -43,11 +45,18 @@ def run(args: argparse.Namespace) -> int:
     write_report(runs, out)
     if args.json:
         told = [
-            {"folder": str(run.folder), "label": run.label, "last": run.last(), "missing": run.missing} for run in runs
-        ]
+            {"folder": str(run.folder), "label": run.label, "last": run.last(), "missing": run.missing,
+             "not_finite": run.not_finite(), "notes": run.notes}
+            for run in runs
+        ]  # fmt: skip
         print(json.dumps(to_json({"written": str(out), "runs": told}), allow_nan=False))
         return 0
     for run in runs:
+        for note in run.notes:
+            print(f"{run.label}: {note}")
+        if found := run.not_finite():
+            first = min(steps[0] for steps in found.values())
+            print(f"{run.label}: {len(found)} metrics are not finite in some rows, from step {first} on")
         for name, why in run.missing.items():
             print(f"{run.label}: no {name}: {why}")
     print(f"written: {out}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla_energy.report.page import table
-from vla_energy.report.runs import Run, finite
+from vla_energy.report.runs import UNDEFINED, Run, finite
 
 _HEADLINES = {
     "L1 before": ("finetune", "l1_val_before"),
@@ -38,10 +38,15 @@ def last_metrics(runs: Sequence[Run]) -> str:
     names = sorted({name for values in found for name in values})
     if not names:
         return ""
-    rows = [(name, *(values.get(name) for values in found)) for name in names]
+    rows = [(name, *(_last(values, name) for values in found)) for name in names]
     last = ", ".join(f"{run.label}: step {run.rows[-1]['step']}" for run in runs if run.rows)
     shown = table(("metric", *(run.label for run in runs)), rows)
     return f"<details><summary>Last metrics</summary><p>{last}</p>{shown}</details>"
+
+
+def _last(values: Mapping[str, Any], name: str) -> Any:
+    value = values.get(name)
+    return "not finite" if name in values and name not in UNDEFINED and not finite(value) else value
 
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vla_energy.report.runs import UNDEFINED, finite
+
 COLOURS = ("#3b82f6", "#ef7d1a", "#22a06b", "#c2479a", "#8b6cef", "#a58a2b", "#1aa0b4", "#d9534f", "#7c8798")
-INK = "#808890"  # mid-tone: readable on white and on black
+INK = "#808890"
+"""Of text, ticks and grid while matplotlib draws; on the page it is the ink of the scheme, see `_svg`."""
+ALARM = "#e5342b"
 _LINE = 70  # characters of a legend that fit below a plot
 _DASHES = ("-", "--", ":", "-.")
 _TERMS = ("info_nce", "chance", "listwise", "distance_regression", "margin", "hinge", "diversity", "anchor", "outcome")
 PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Policy L1", "normalised units", {"train/l1": "train", "val/finetune/l1_val": "held out"}),
     ("Energy loss", "weighted sum", {"energy/loss": "loss"}),
-    ("Terms of the energy loss", "unweighted", {f"energy/{term}": term for term in _TERMS}),
+    ("Terms of the energy loss", "unweighted, log scale", {f"energy/{term}": term for term in _TERMS}),
     ("Energies", "lower is better", {"energy/positive": "expert", "energy/negative": "negatives"}),
     ("Energy range", "lowest and highest of a batch", {"energy/min": "lowest", "energy/max": "highest"}),
     ("Logits", "-energy / temperature", {"energy/logits_min": "lowest", "energy/logits_max": "highest"}),
@@ -30,19 +35,20 @@ PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 """Title, y label, and metric (a trailing / takes all below it) -> legend."""
 
+_LOG = frozenset({"Terms of the energy loss"})
+"""Titles of plots whose first steps, far above all others, would flatten the rest."""
+
 Series = dict[str, tuple[list[int], list[float]]]
 """Legend -> steps and values."""
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> Series:
-    """The metrics of one of `PLOTS`; null values are left out."""
+    """The metrics of one of `PLOTS`; what is not finite is left out, see `spans_not_finite`."""
     series: Series = {}
     for row in rows:
         for key, value in row.items():
-            prefix = next(
-                (name for name in wanted if key == name or (name.endswith("/") and key.startswith(name))), None
-            )
-            if prefix is None or value is None:
+            prefix = _prefix(key, wanted)
+            if prefix is None or not finite(value):
                 continue
             steps, values = series.setdefault(wanted[prefix] or key.removeprefix(prefix), ([], []))
             steps.append(row["step"])
@@ -50,8 +56,37 @@ def series_of(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> S
     return series
 
 
+def _prefix(key: str, wanted: Mapping[str, str]) -> str | None:
+    """Which of `wanted` a metric belongs to."""
+    return next((name for name in wanted if key == name or (name.endswith("/") and key.startswith(name))), None)
+
+
+def spans_not_finite(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> list[tuple[int, int, int]]:
+    """First and last step, and number, of the rows in sequence in which a metric of one of `PLOTS` is not finite.
+
+    Rows that hold none of the metrics, as those of a validation, do not end a sequence.
+    """
+    spans: list[tuple[int, int, int]] = []
+    going = False
+    for row in rows:
+        values = [value for key, value in row.items() if key not in UNDEFINED and _prefix(key, wanted) is not None]
+        if not values:
+            continue
+        if all(map(finite, values)):
+            going = False
+        elif going:
+            spans[-1] = (spans[-1][0], row["step"], spans[-1][2] + 1)
+        else:
+            spans.append((row["step"], row["step"], 1))
+            going = True
+    return spans
+
+
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str, wanted: Mapping[str, str]) -> str:
     """One of `PLOTS` as a `<figure>`; empty text if no run's rows hold any of its metrics.
+
+    All have the steps of the whole run on their axis, whatever is finite; where a metric is not, there is a red bar at
+    the bottom and a sentence below.
 
     Args:
         runs: rows by the run's label. One run has a colour a metric; of several, each has a colour and each metric a
@@ -61,7 +96,8 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
     if len(runs) > 1 and by_kind(wanted):
         return ""
     found = {run: series_of(rows, wanted) for run, rows in runs.items()}
-    if not any(found.values()):
+    spans = {run: spans_not_finite(rows, wanted) for run, rows in runs.items()}
+    if not any((*found.values(), *spans.values())):
         return ""
     figure, axes = new_figure(5.2, 3.2)
     names = list(dict.fromkeys(name for series in found.values() for name in series))
@@ -75,11 +111,59 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
             axes.plot(steps, values, color=colour, label=name, lw=1.6, ls=dash, marker=marker, ms=4)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel(label, color=INK)
+    if title in _LOG:
+        _log_scale(axes, [value for series in found.values() for _, values in series.values() for value in values])
     if len(runs) > 1:
         _legend_of_runs(figure, list(runs), names)
     elif len(names) > 1:
         legend(figure)
-    return figure_html(figure, title)
+    _whole_run(axes, [row["step"] for rows in runs.values() for row in rows], list(spans.values()))
+    if not any(found.values()):
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no value is finite", color=INK, ha="center", transform=axes.transAxes)
+    return figure_html(figure, title, alarm=_told(spans))
+
+
+def _log_scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic y axis, of values at or below 0 linear around it; labels as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    positive = [value for value in values if value > 0]
+    if not positive:
+        return
+    if min(values) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_yscale("symlog", linthresh=max(min(positive), 1e-3 * max(positive)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.tick_params(which="both", colors=INK)
+
+
+def _whole_run(axes: Any, steps: Sequence[int], spans: Sequence[Sequence[tuple[int, int, int]]]) -> None:
+    """The steps from the first row to the last on the x axis, and bars at the bottom, a line of them a run."""
+    first, last = min(steps), max(steps)
+    pad = max(0.03 * (last - first), 0.5)
+    axes.set_xlim(first - pad, last + pad)
+    for number, bars in enumerate(spans):
+        # One path, however many they are; a single row's bar is wide enough to be seen.
+        xs = [x for start, end, _ in bars for x in (start - pad / 6, end + pad / 6, math.nan)]
+        height = 0.015 + 0.035 * number
+        axes.plot(
+            xs, [height] * len(xs), color=ALARM, lw=5, solid_capstyle="butt", transform=axes.get_xaxis_transform()
+        )
+
+
+def _told(spans: Mapping[str, Sequence[tuple[int, int, int]]]) -> str:
+    """A sentence on where values are not finite; empty text where all are."""
+    told = []
+    for run, bars in spans.items():
+        if bars:
+            rows = sum(count for *_, count in bars)
+            about = f"{run}: " if len(spans) > 1 else ""
+            told.append(f"{about}{rows} {'row' if rows == 1 else 'rows'} from step {bars[0][0]} to {bars[-1][1]}")
+    return f"Not finite (red at the bottom): {'; '.join(told)}." if told else ""
 
 
 def _legend_of_runs(figure: Any, runs: Sequence[str], names: Sequence[str]) -> None:
@@ -110,7 +194,7 @@ def by_kind(wanted: Mapping[str, str]) -> bool:
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A matplotlib figure with one plain axes, for both grounds."""
+    """A matplotlib figure with one plain axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -120,7 +204,7 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def plain(axes: Any) -> None:
-    """No frame, a faint grid, mid-tone ink."""
+    """No frame, a faint grid."""
     axes.tick_params(colors=INK)
     axes.ticklabel_format(useOffset=False)
     axes.grid(color=INK, alpha=0.25, lw=0.6)
@@ -128,7 +212,7 @@ def plain(axes: Any) -> None:
         spine.set_visible(False)
 
 
-def figure_html(figure: Any, title: str, caption: str | None = None, note: str = "") -> str:
+def figure_html(figure: Any, title: str, caption: str | None = None, note: str = "", alarm: str = "") -> str:
     """A `<figure>` of one plot.
 
     Args:
@@ -136,14 +220,19 @@ def figure_html(figure: Any, title: str, caption: str | None = None, note: str =
         title: different from all others on the page: ids are made of it.
         caption: shown, by default the title.
         note: a sentence below.
+        alarm: one more, in red.
     """
     shown = html.escape(title if caption is None else caption)
     below = f"<p class='note'>{html.escape(note)}</p>" if note else ""
+    below += f"<p class='note alarm'>{html.escape(alarm)}</p>" if alarm else ""
     return f"<figure><figcaption>{shown}</figcaption>{_svg(figure, title)}{below}</figure>"
 
 
 def _svg(figure: Any, title: str) -> str:
-    """Inline SVG on a transparent ground; its ids carry the title, as all plots share one page."""
+    """Inline SVG on a transparent ground, its text in the page's ink: no one colour is readable on light and dark.
+
+    Its ids carry the title, as all plots share one page.
+    """
     import matplotlib
 
     buffer = io.StringIO()
@@ -151,6 +240,7 @@ def _svg(figure: Any, title: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    text = re.sub(rf"((?:fill|stroke): ){INK}", r"\1var(--soft)", text)
     prefix = re.sub(r"\W+", "-", title).lower()
     text = re.sub(r'(?<= id=")', f"{prefix}-", text)
     text = re.sub(r'(?<=url\(#)|(?<=xlink:href="#)', f"{prefix}-", text)

@@ -12,6 +12,8 @@ from vla_energy.report.runs import Run, finite
 _MARKERS = "osD^v<>P"
 _MOST_TASKS = 24
 
+CHANCE = "#d9534f"
+
 Point = tuple[float | None, float | None, float | None]
 """Value (None: not finite, left out), and the ends of its interval where it has one."""
 
@@ -54,7 +56,8 @@ def bands(runs: Sequence[Run]) -> str:
         shares = [values[names[place]] for place in places]
         marker = _MARKERS[index % len(_MARKERS)]
         axes.plot(places, shares, color=COLOURS[index % len(COLOURS)], marker=marker, ms=5, lw=1.4, label=name)
-    axes.axhline(0.5, color=INK, lw=0.8, ls=":")
+    # In a colour of its own, above the grid, which has a line at the same height.
+    axes.axhline(0.5, color=CHANCE, lw=1.8, ls=":", zorder=2.5, label="chance")
     axes.set_xticks(range(len(names)), [f"{band[5:]} on" for band in names])
     axes.set_xlabel("distance of the nearer candidate to the expert, normalised units", color=INK)
     axes.set_ylabel("pairs in the right order", color=INK)
@@ -102,23 +105,54 @@ def differences(runs: Sequence[Run]) -> str:
         for run in runs
         if run.rollout is not None
     }
-    note = "Arms ran the same seeds. An interval that holds 0 shows no difference."
+    note = "Arms ran the same seeds. An interval that holds 0 does not show a difference, nor that there is none."
     return dots("Paired difference in success", points, "points", None, 0.0, note, single=len(runs) == 1)
 
 
-def gate(run: Run) -> str:
-    """What each margin would accept on the frames that did not set the gate, and the L1 that follows."""
+def same_as_baseline(run: Run) -> list[str]:
+    """A sentence for each arm that executed the chunks of the arm it is compared with, as its gate let nothing through.
+
+    Arms that decide at other steps (`policy@2`) execute other chunks of the same policy and are left out.
+    """
+    if run.rollout is None:
+        return []
+    arms = run.rollout["overall"]["arms"]
+    margins = ((run.rollout.get("meta") or {}).get("checkpoint") or {}).get("gates") or {}
+    told = []
+    for arm, values in run.rollout["overall"]["differences"].items():
+        baseline = values["baseline"]
+        (mode, _, every), (_, _, every_baseline) = arm.partition("@"), baseline.partition("@")
+        replaced = [arms.get(name, {}).get("accepted_share") for name in (arm, baseline)]
+        if replaced == [0, 0] and every == every_baseline and values["difference"] == 0:
+            shut = mode in margins and margins[mode] is None
+            why = "the gate was shut" if shut else "the gate let no candidate through"
+            told.append(
+                f"{arm}: {why}, so that {arm} and {baseline} executed the same chunks. Both arms are the same policy: "
+                "this says nothing about what the head would do."
+            )
+    return told
+
+
+def gate(run: Run, several: bool = False) -> str:
+    """What each margin would accept on the frames that did not set the gate, and the L1 that follows.
+
+    Args:
+        run: with `shapes` or `preflight`.
+        several: whether the captions name the run.
+    """
+    start = f"{run.label}: " if several else ""
     curves = {"held out": (run.shapes or {}).get("gate")}
     for mode, values in ((run.preflight or {}).get("modes") or {}).items():
         curves[f"preflight, {mode}"] = values.get("curve")
-    return "".join(_gate(run, name, curve) for name, curve in curves.items() if curve)
+    return "".join(_gate(run, name, curve, start) for name, curve in curves.items() if curve)
 
 
-def _gate(run: Run, name: str, curve: Mapping[str, Any]) -> str:
+def _gate(run: Run, name: str, curve: Mapping[str, Any], start: str) -> str:
     from matplotlib.figure import Figure
 
     if len(curve["margins"]) < 2:
-        return f"<p>Gate, {html.escape(name)}: no candidate had a lower energy than the policy's own chunk.</p>"
+        about = html.escape(f"{start}Gate, {name}")
+        return f"<p>{about}: no candidate had a lower energy than the policy's own chunk.</p>"
     figure = Figure(figsize=(5.2, 4.2), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True)
     for axes in (upper, lower):
@@ -130,7 +164,7 @@ def _gate(run: Run, name: str, curve: Mapping[str, Any]) -> str:
     upper.set_ylabel("share of frames", color=INK)
     upper.set_ylim(-0.03, 1.03)
     lower.plot(margins, curve["l1"], color=COLOURS[2], lw=1.6, label="L1 behind the gate")
-    lower.axhline(curve["l1_policy"], color=INK, lw=0.9, ls=":", label="L1 of the policy")
+    lower.axhline(curve["l1_policy"], color=COLOURS[4], lw=1.6, ls="--", zorder=3, label="L1 of the policy")
     lower.set_ylabel("L1", color=INK)
     bounds = [curve["l1_policy"], *curve["l1"]]
     # A change that is next to nothing is to look so.
@@ -141,7 +175,7 @@ def _gate(run: Run, name: str, curve: Mapping[str, Any]) -> str:
             axes.axvline(chosen, color=COLOURS[3], lw=1.2, label="calibrated margin" if axes is upper else None)
     legend(figure)
     note = "" if finite(chosen) else "No margin was shown to be safe: the gate stays shut, whatever the curve says."
-    return figure_html(figure, f"Gate, {run.label}, {name}", f"Gate by its margin, {name}", note)
+    return figure_html(figure, f"Gate, {run.label}, {name}", f"{start}Gate by its margin, {name}", note)
 
 
 def dots(
@@ -179,7 +213,7 @@ def dots(
             if low is not None and high is not None:
                 axes.plot([low, high], [y, y], color=colour, lw=1.6)
     if line is not None:
-        axes.axvline(line, color=INK, lw=0.9, ls=":")
+        axes.axvline(line, color=CHANCE, lw=1.6, ls=":", zorder=1.5)
     axes.set_yticks(range(len(names)), [name if len(name) <= 30 else f"{name[:29]}…" for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label, color=INK)

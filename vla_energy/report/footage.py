@@ -6,10 +6,14 @@ import html
 import json
 from typing import Any
 
-from vla_energy.report.curves import COLOURS, INK
+from vla_energy.report.curves import COLOURS
 from vla_energy.report.runs import Run, finite
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 150, 44, 34
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 160, 60, 40
+_KEYS = {
+    "": ("arm", "decisions", "instruction", "seed", "steps", "success", "task"),
+    "decisions": ("accepted", "energy", "energy_policy", "image", "step"),
+}
 
 _SCRIPT = """<script>(() => { const box = document.getElementById('BOX'), all = DATA;
 const image = box.querySelector('img'), text = box.querySelector('output'), line = box.querySelector('.now');
@@ -19,17 +23,17 @@ box.querySelector('input').addEventListener('input', event => show(+event.target
 
 
 def footage_figure(run: Run, number: int, several: bool = False) -> str:
-    """The footage of a run as a section; empty text without one. Without script its first frame shows.
+    """The footage of a run as a section; empty text without one, see `lack`. Without script its first frame shows.
 
     Args:
         run: see `Run.footage`.
         number: different for each one on the page.
         several: whether the title names the run.
     """
-    decisions = (run.footage or {}).get("decisions") or []
-    shown = [decision for decision in decisions if decision.get("image")]
-    if run.footage is None or not shown:
+    if run.footage is None or lack(run.footage):
         return ""
+    decisions = run.footage["decisions"]
+    shown = [decision for decision in decisions if decision["image"]]
     shot, box = run.footage, f"footage-{number}"
     plot, at = _plot(decisions, box)
     data = [
@@ -48,6 +52,24 @@ def footage_figure(run: Run, number: int, several: bool = False) -> str:
         f"<input type='range' min='0' max='{len(data) - 1}' value='0' step='1' aria-label='decision of the episode'>"
         f"<output>{html.escape(data[0][1])}</output>{plot}</figure>{script}"
     )
+
+
+def lack(footage: dict[str, Any] | None) -> str:
+    """Why the content of a file of footage cannot be shown; empty text where it can."""
+    if footage is None:
+        return ""
+    if absent := [key for key in _KEYS[""] if key not in footage]:
+        return f"it has no {', '.join(absent)}"
+    decisions = footage["decisions"]
+    if not isinstance(decisions, list) or not decisions:
+        return "it has no decisions"
+    for number, decision in enumerate(decisions):
+        held = decision if isinstance(decision, dict) else {}
+        if absent := [key for key in _KEYS["decisions"] if key not in held]:
+            return f"its decision {number} has no {', '.join(absent)}"
+        if not finite(held["step"]):
+            return f"the step of its decision {number} is no number"
+    return "" if any(decision["image"] for decision in decisions) else "none of its decisions has a frame"
 
 
 def _text(decision: dict[str, Any]) -> str:
@@ -74,21 +96,29 @@ def _plot(decisions: list[dict[str, Any]], box: str) -> tuple[str, dict[int, flo
         dash = " stroke-dasharray='4 3'" if index else ""
         colour = COLOURS[index]
         lines.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.6'{dash}/>")
-        x = _LEFT + 150 * index
-        legend.append(f"<text x='{x}' y='{_HEIGHT - 4}' fill='{colour}'>{'- - ' if index else '— '}{name}</text>")
+        x, y = _LEFT + 150 * index, _HEIGHT - 4
+        legend.append(
+            f"<line x1='{x}' x2='{x + 18}' y1='{y - 3}' y2='{y - 3}' stroke='{colour}' stroke-width='1.6'{dash}/>"
+            f"<text x='{x + 22}' y='{y}'>{name}</text>"
+        )
     marks = "".join(
         f"<circle cx='{at[d['step']]}' cy='{height(d['energy'])}' r='2.6' fill='{COLOURS[3]}'/>"
         for d in decisions
         if d["accepted"] and finite(d.get("energy"))
     )
-    first = at[steps[0]]
+    first, middle = at[steps[0]], (_HEIGHT - _BOTTOM + 8) / 2
     return (
         f"<svg role='img' aria-label='energy over the episode, {box}' viewBox='0 0 {_WIDTH} {_HEIGHT}' "
-        f"font-size='10' font-family='system-ui, sans-serif'><g fill='{INK}'>"
-        f"<text x='0' y='14'>{high:.3g}</text><text x='0' y='{_HEIGHT - _BOTTOM}'>{low:.3g}</text>"
-        f"<text x='{_LEFT}' y='{_HEIGHT - _BOTTOM + 14}'>step 0</text>"
-        f"<text x='{_WIDTH - 8}' y='{_HEIGHT - _BOTTOM + 14}' text-anchor='end'>{last}</text></g>"
+        f"font-size='10' font-family='system-ui, sans-serif' style='fill: var(--soft)'>"
+        f"<text x='{_LEFT - 4}' y='14' text-anchor='end'>{high:.3g}</text>"
+        f"<text x='{_LEFT - 4}' y='{_HEIGHT - _BOTTOM}' text-anchor='end'>{low:.3g}</text>"
+        f"<text transform='rotate(-90)' x='{-middle}' y='10' text-anchor='middle'>energy, lower is better</text>"
+        f"<text x='{_LEFT}' y='{_HEIGHT - _BOTTOM + 14}'>0</text>"
+        f"<text x='{(_LEFT + _WIDTH - 8) / 2}' y='{_HEIGHT - _BOTTOM + 14}' text-anchor='middle'>"
+        "step of the episode</text>"
+        f"<text x='{_WIDTH - 8}' y='{_HEIGHT - _BOTTOM + 14}' text-anchor='end'>{last}</text>"
         f"{''.join(lines)}{marks}{''.join(legend)}"
-        f"<line class='now' x1='{first}' x2='{first}' y1='4' y2='{_HEIGHT - _BOTTOM}' stroke='{INK}'/></svg>",
+        f"<line class='now' x1='{first}' x2='{first}' y1='4' y2='{_HEIGHT - _BOTTOM}' style='stroke: var(--soft)'/>"
+        "</svg>",
         at,
     )

@@ -13,10 +13,11 @@ from tqdm import tqdm
 from vla_energy.report import figures
 from vla_energy.report.compare import differing_settings, headlines, last_metrics
 from vla_energy.report.curves import PLOTS, draw
-from vla_energy.report.footage import footage_figure
+from vla_energy.report.footage import footage_figure, lack
 from vla_energy.report.landscapes import landscape_figures
 from vla_energy.report.page import cell, details, page, table
-from vla_energy.report.runs import Run
+from vla_energy.report.runs import Run, finite
+from vla_energy.results import FOOTAGE
 
 
 def write_report(runs: Sequence[Run], out: str | Path) -> Path:
@@ -48,21 +49,22 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
         lambda: (
             f"<h1>{html.escape(title)}</h1><p>Energies are lower-better; actions and L1 are in normalised units.</p>"
         ),
+        *each(lambda run: _alarm(run, several)),
         lambda: _comparison(runs) if several else _cards(runs[0]),
         lambda: _told("Take care", [(run, "", note) for run in runs for note in run.notes], runs),
-        lambda: _told("Not on this page", [(run, *lack) for run in runs for lack in run.missing.items()], runs),
+        lambda: _told("Not on this page", [(run, *lacks) for run in runs for lacks in _lacking(run).items()], runs),
         *each(lambda run: _preflight(run, several)),
         lambda: _section("Curves", [draw(rows, *plot) for plot in PLOTS], _curves_note(runs)),
         lambda: _ranking(runs),
         lambda: _section(
             "Energy landscapes, held out",
-            [part for run in runs for part in landscape_figures(run)],
+            [part for run in runs for part in landscape_figures(run, several)],
             "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
             "both is what a search along the energy would find.",
         ),
         lambda: _section(
             "Gate",
-            [figures.gate(run) for run in runs],
+            [figures.gate(run, several) for run in runs],
             "What each margin would let through, on episodes that did not set it.",
         ),
         *each(lambda run: _gates(run, several)),
@@ -74,8 +76,38 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
     ]
 
 
+def _lacking(run: Run) -> dict[str, str]:
+    """What is not there, and footage that is but cannot be shown."""
+    why = lack(run.footage)
+    return run.missing | ({"frames of an episode": f"{FOOTAGE} is there, but {why}: write it anew"} if why else {})
+
+
 def _of(name: str, run: Run, runs: Sequence[Run]) -> str:
     return name if len(runs) == 1 else f"{name}, {html.escape(run.label)}"
+
+
+_NAMED = 6  # metrics in the alarm's sentence
+
+
+def _alarm(run: Run, several: bool) -> str:
+    """A box that cannot be overlooked where metrics are not finite: how many rows, which, and from which step on."""
+    found = run.not_finite()
+    if not found:
+        return ""
+    count = sum(any(key in found and not finite(value) for key, value in row.items()) for row in run.rows)
+    first = min(steps[0] for steps in found.values())
+    names = sorted(found, key=lambda name: (found[name][0], -len(found[name])))
+    named = ", ".join(f"{name} (from step {found[name][0]} on, {len(found[name])} rows)" for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    about = f"{run.label}: " if several else ""
+    headline = f"{about}{count} of {len(run.rows)} rows hold a metric that is not finite, from step {first} on"
+    rows = [(name, len(found[name]), found[name][0], found[name][-1]) for name in names]
+    listed = table(("metric", "rows not finite", "first step", "last step"), rows)
+    return (
+        f"<div class='box' role='alert'><p class='alarm'>{html.escape(headline)}</p>"
+        f"<p>{html.escape(f'{named}{more}.')} The curves leave such values out and are marked in red there.</p>"
+        f"<details><summary>Metrics that are not finite</summary>{listed}</details></div>"
+    )
 
 
 def _section(title: str, plots: Sequence[str], note: str = "") -> str:
@@ -118,7 +150,12 @@ def _told(title: str, lines: Sequence[tuple[Run, str, str]], runs: Sequence[Run]
 
 
 def _curves_note(runs: Sequence[Run]) -> str:
-    return "" if len(runs) == 1 else "A colour a run. Win rates by kind are compared below, by their last values."
+    said = [] if len(runs) == 1 else ["A colour a run. Win rates by kind are compared below, by their last values."]
+    bad = [(run.label, min(steps[0] for steps in found.values())) for run in runs if (found := run.not_finite())]
+    if bad:
+        where = ", ".join(f"{f'{name}: ' if len(runs) > 1 else ''}from step {step} on" for name, step in bad)
+        said.append(f"Not every value is finite ({where}): a red bar at the bottom of a plot marks where.")
+    return " ".join(said)
 
 
 def _preflight(run: Run, several: bool) -> str:
@@ -165,6 +202,7 @@ def _closed_loop(runs: Sequence[Run]) -> str:
     for run in runs:
         if run.rollout is not None:
             parts.append(f"<h3>{html.escape(run.label)}</h3>" if len(runs) > 1 else "")
+            parts += [f"<p class='verdict'>{html.escape(text)}</p>" for text in figures.same_as_baseline(run)]
             parts.append("<p>Arms are paired by seed; the difference is to the first arm.</p>")
             parts.append(table(columns, _rollout_rows(run.rollout)))
     return "".join(parts)

@@ -12,12 +12,18 @@ from vla_energy.report.runs import Run
 _LEVELS = 14
 
 
-def landscape_figures(run: Run) -> list[str]:
-    """Two plots a frame: the plane through policy and expert, and the energy when one step of the expert's is moved."""
+def landscape_figures(run: Run, several: bool = False) -> list[str]:
+    """Two plots a frame: the plane through policy and expert, and the energy when one step of the expert's is moved.
+
+    Args:
+        run: see `Run.shapes`.
+        several: whether the captions name the run.
+    """
+    start = f"{run.label}: " if several else ""
     parts = []
     for number, frame in enumerate((run.shapes or {}).get("frames") or [], start=1):
         step = f", step {frame['step']}" if frame["step"] >= 0 else ""
-        where = f"{frame['task'] or 'frame'}, episode {frame['episode']}{step}"
+        where = f"{start}{frame['task'] or 'frame'}, episode {frame['episode']}{step}"
         name = f"{run.label}, frame {number}"
         parts.append(_plane(frame["plane"], f"Landscape, {name}", f"{where}: plane through policy and expert"))
         parts.append(_time(frame["time"], f"Along the chunk, {name}", f"{where}: one step of the chunk moved"))

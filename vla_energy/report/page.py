@@ -10,9 +10,11 @@ from dataclasses import asdict, is_dataclass
 from typing import Any
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d6dbe0; --page: #ffffff; --card: #f6f8fa; }
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d6dbe0; --page: #ffffff; --card: #f6f8fa;
+  --alarm: #b3261e; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6eaee; --soft: #9aa5b1; --line: #353c44; --page: #14171a; --card: #1c2126; } }
+  :root { --ink: #e6eaee; --soft: #9aa5b1; --line: #353c44; --page: #14171a; --card: #1c2126;
+    --alarm: #ff8a80; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -30,6 +32,9 @@ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
 pre { padding: .8rem; background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow-x: auto;
   font-size: .85rem; overflow-wrap: normal; } details { margin-top: 1.5rem; }
+.alarm { color: var(--alarm); } .box { padding: .7rem .9rem; margin: .8rem 0; border: 2px solid var(--alarm);
+  border-radius: .5rem; } .box p { color: var(--ink); margin: .3rem 0; } .box details { margin-top: .5rem; }
+.box .alarm { font-size: 1.15rem; font-weight: 600; }
 .verdict { color: var(--ink); font-weight: 600; }
 .note { font-size: .85rem; margin: .3rem 0 0; } h3 { font-size: 1rem; margin: 1.2rem 0 .4rem; }
 .footage { max-width: 36rem; }

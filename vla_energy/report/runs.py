@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from vla_energy.fingerprint import fingerprint
-
-SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
-"""Files in a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`),
-frames of one episode (`rollout.footage`)."""
+from vla_energy.results import FOOTAGE, SETTINGS, SHAPES, read_rows
 
 _GATES = "energy_gates.json"
 _LABEL = 20
+UNDEFINED = frozenset({"val/gate/margin", "val/gate/worse"})
+"""Null by design: the margin of a gate that is shut, and a share of no frames."""
 
 
 class ReportError(ValueError):
@@ -64,26 +63,14 @@ class Run:
             values.update({key: value for key, value in row.items() if key != "step"})
         return values
 
-
-def read_rows(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `metrics.jsonl`, in order.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: a line is no JSON object with a step; the message names file and line.
-    """
-    path = Path(run_dir) / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {run_dir} is not the folder of a fine-tuning run")
-    rows = []
-    # Cut by bytes, so that text that is no UTF-8 is told with its line, too.
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not a row of metrics ({error})") from error
-    return rows
+    def not_finite(self) -> dict[str, list[int]]:
+        """Metric -> steps of the rows that hold it without a finite number; `UNDEFINED` is left out."""
+        steps: dict[str, list[int]] = {}
+        for row in self.rows:
+            for key, value in row.items():
+                if key not in UNDEFINED and not finite(value):
+                    steps.setdefault(key, []).append(row["step"])
+        return steps
 
 
 def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: str | Path | None = None) -> Run:
@@ -108,7 +95,7 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
         where = " or ".join(str(place) for place in places)
         run.missing["curves and settings"] = f"no metrics.jsonl in {where}: it is written while a run trains"
     else:
-        run.rows = read_rows(home)
+        run.rows = read_rows(home, run.notes.append)
     found = {name: _find(places, name) for name in ("metrics.json", "rollout.json", "preflight.json", SETTINGS)}
     found |= {name: _find(places, name) for name in (SHAPES, FOOTAGE)}
     checkpoints = [*places, *_checkpoints(home or folder)]
@@ -219,7 +206,7 @@ def _tell_missing(run: Run) -> None:
     if run.rows and not run.metrics.get("energy"):
         run.missing["held-out ranking"] = "no validation of a head in metrics.jsonl: train with --use_val_set True"
     if run.rows and not run.settings:
-        run.missing["settings"] = f"no {SETTINGS}: the run was made by an older version"
+        run.missing["settings"] = f"no {SETTINGS}: flags and versions of this run are not known"
     if run.shapes is None:
         run.missing["landscapes and the gate's curve"] = (
             f"no {SHAPES}: written at the end of a run with --use_val_set True and an energy head"
@@ -253,5 +240,8 @@ def _tell_others(run: Run, checkpoints: Sequence[Path]) -> None:
 
 
 def finite(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Whether it is a number that is finite, and has room in a float."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # of an integer
+        return False

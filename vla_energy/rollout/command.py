@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command; what can be wrong with the flags is found before the checkpoint is loaded."""
+    from vla_energy.results import check_writable, to_json
     from vla_energy.rollout.interface import ARMS, check_arms
     from vla_energy.rollout.record import check_target
     from vla_energy.rollout.run import Settings, run_rollouts
-    from vla_energy.rollout.summary import check_writable, to_json
 
     settings = Settings(
         args.tasks, args.episodes, args.arms, args.seed, args.replan_every, args.max_steps, args.workers, args.sim

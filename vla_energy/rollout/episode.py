@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from vla_energy.actions import RawActions
+from vla_energy.arms import split_arm
 from vla_energy.rollout.footage import Footage
-from vla_energy.rollout.interface import Decision, Policy, Request, split_arm
+from vla_energy.rollout.interface import Decision, Policy, Request
 from vla_energy.rollout.record import Recorder
 from vla_energy.rollout.simulator import SimulatorProcess
 from vla_energy.rollout.spool import Trace

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla_energy.extras import require
+from vla_energy.results import check_writable, write_json
 from vla_energy.rollout.interface import Policy, Request
-from vla_energy.rollout.summary import check_writable, write_json
 
 if TYPE_CHECKING:
     from vla_energy.rollout.episode import Episode

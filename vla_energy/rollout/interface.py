@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from vla_energy.actions import RawActions
-from vla_energy.modes import split_arm
+from vla_energy.arms import split_arm
 from vla_energy.rollout.world import Observation
 
 ARMS = {

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, select_statistics
+from vla_energy.advisor import load_advisor
+from vla_energy.arms import split_arm
 from vla_energy.backbones import load_openvla
 from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.backbones.diffusion import starting_noise
@@ -23,8 +25,7 @@ from vla_energy.crops import crop_chunks
 from vla_energy.data.augment import center_crop
 from vla_energy.fallback import Fallback
 from vla_energy.fingerprint import fingerprint
-from vla_energy.gates import load_advisor
-from vla_energy.modes import Frame, replan, split_arm
+from vla_energy.modes import Frame, replan
 from vla_energy.rerank import scoring
 from vla_energy.rollout.interface import Decision, Request, check_arms
 
@@ -109,7 +110,7 @@ class CheckpointPolicy:
         check_arms([arm], self.arms)
         if arm == "recommended":
             return self._recommended(requests)
-        if arm == "policy" or self.fallback.strict:
+        if arm == "policy":
             return self._decide(requests, arm)
         # A decision that failed has drawn from the generators: the policy's own starts where that one did.
         drawn = [request.generator.get_state() for request in requests]

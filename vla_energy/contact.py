@@ -1,0 +1,163 @@
+"""How the processes of one training notice that another failed, and learn why: a word left in the store, or a beat."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from vla_energy.pulse import Pulse
+
+_LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exchange is waited for
+_WORDS = 5.0  # seconds in which the ranks that are left say so
+
+
+class RankError(RuntimeError):
+    """Another process of the training has failed; the message names it and why, as far as that is known."""
+
+
+class Contact:
+    """One process's lines to the others: exchanges end with the cause named where another ends, or stops.
+
+    Args:
+        rank, world: this process's number, and how many there are.
+        store: where ranks leave word of why they failed; None where there is none to ask.
+        pulse: who of the others still works.
+        control: a gloo group without a timeout of note, for what is waited for however long; None is the default group.
+        closes_all: breaking off closes the default group too. NCCL's might wait for a rank that is gone.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        store: Any = None,
+        pulse: Pulse | None = None,
+        control: Any = None,
+        closes_all: bool = False,
+    ) -> None:
+        self.rank, self.world, self.control = rank, world, control
+        self._store, self._pulse, self._closes_all = store, pulse, closes_all
+        self._silent: list[int] = []  # ranks that have been found to be gone
+        self._unfinished: list[Any] = []  # exchanges with them
+
+    def finish(self, start: Callable[[], Any], patient: bool = True) -> None:
+        """Starts an exchange and waits for its end.
+
+        Args:
+            start: begins it and returns the handle that is waited for.
+            patient: looks meanwhile who else still works.
+
+        Raises:
+            RankError: it failed, or another process does nothing any more.
+        """
+        work = None
+        try:
+            work = start()
+            self._wait(work, patient)
+        except _Silence as error:
+            self._unfinished.append(work)  # which cannot be broken off: its end would wait for the one that is silent
+            raise RankError(str(error)) from None
+        except RuntimeError as error:
+            work = None
+            traceback.clear_frames(error.__traceback__)  # which hold the group, and so its connections
+            raise RankError(f"{self._cause()} ({str(error).splitlines()[0]})") from error
+
+    def leave_word(self, error: BaseException) -> None:
+        """Tells the others why this rank ends, for those that cannot be reached by `share`.
+
+        Rank 0, in whose process the store may live, stays until those that live have read what they want of it.
+        """
+        if self._store is None:
+            return
+        with contextlib.suppress(RuntimeError):
+            if not isinstance(error, RankError):
+                self._store.set(f"failed/{self.rank}", words(error))
+            traceback.clear_frames(error.__traceback__)
+            if not self._unfinished:
+                self._disconnect()
+            self._store.set(f"left/{self.rank}", "")
+            deadline = time.monotonic() + 3 * _WORDS
+            staying = [rank for rank in range(1, self.world) if rank not in self._silent] if self.rank == 0 else []
+            while any(not self._store.check([f"left/{rank}"]) for rank in staying) and time.monotonic() < deadline:
+                time.sleep(0.05)
+
+    def _disconnect(self) -> None:
+        """Closes this rank's connections: who waits for it, or for one that waits for it, notices at once."""
+        groups = [self.control, None] if self._closes_all else [self.control]
+        self.control = None
+        for group in groups:
+            with contextlib.suppress(RuntimeError, ValueError, AssertionError):
+                dist.destroy_process_group(group)
+
+    def _wait(self, work: Any, patient: bool) -> None:
+        """For the exchange's end.
+
+        Raises:
+            _Silence: somebody does not work any more.
+            RuntimeError: the exchange failed.
+        """
+        if self._pulse is None or not patient:
+            work.wait()
+            return
+        beats, unanswered = self._pulse.beats, 0
+        while True:
+            try:
+                work.wait(_LOOK)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    raise
+            unanswered = unanswered + 1 if self._pulse.beats == beats and not self._pulse.lost else 0
+            beats = self._pulse.beats
+            if self._pulse.silent or unanswered >= self._pulse.patience:
+                self._silent = self._pulse.silent or [0]
+                self._store = self._store if self._pulse.silent else None  # rank 0 keeps it, and would not answer
+                who = " and ".join(map(str, self._silent))
+                seconds = self._pulse.patience
+                raise _Silence(f"rank {who} gave no sign of life for {seconds} s: stopped, or its machine hangs")
+
+    def _cause(self) -> str:
+        """Why an exchange broke: what a rank left word of, or who says nothing any more."""
+        unknown = "lost touch with another process; its own output says more"
+        if self._store is None:
+            return unknown
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        self._disconnect()
+        deadline = time.monotonic() + _WORDS
+        try:
+            self._store.set(f"alive/{self.rank}", "")
+            while True:
+                if self._store.check(["cause"]):
+                    self._silent = json.loads(self._store.get("silent"))
+                    return self._store.get("cause").decode()
+                failed = [rank for rank in others if self._store.check([f"failed/{rank}"])]
+                silent = [rank for rank in others if not self._store.check([f"alive/{rank}"]) and rank not in failed]
+                if failed or not silent or time.monotonic() > deadline:
+                    break
+                time.sleep(0.1)
+            words = [f"rank {rank}: {self._store.get(f'failed/{rank}').decode()}" for rank in failed]
+            if silent and not failed:
+                words = [f"rank {rank} ended without a word: killed, or out of memory?" for rank in silent]
+                self._silent = silent
+            cause = "; ".join(words) or unknown
+            self._store.set("silent", json.dumps(self._silent))
+            self._store.set("cause", cause)
+            return cause
+        except RuntimeError:
+            return "rank 0, which the others talk through, is gone"
+
+
+class _Silence(Exception):
+    """A process does nothing any more."""
+
+
+def words(error: BaseException) -> str:
+    """An error in one line, as ranks tell it to each other."""
+    return f"{type(error).__name__}: {error}"
