@@ -3,10 +3,11 @@
     python benchmarks/chaos.py --minutes 2                  # a short mix of all
     python benchmarks/chaos.py kill --kills 50 --seed 0     # a run killed 50 times ends bit for bit as one that was not
     python benchmarks/chaos.py faults --steps 100000        # head steps on broken numbers
-    python benchmarks/chaos.py fuzz --minutes 30            # damaged and hostile files
+    python benchmarks/chaos.py fuzz --minutes 30            # damaged and hostile files; --guided: by coverage
     python benchmarks/chaos.py soak --minutes 120           # memory, file handles and step time of a long run
 
-Each prints what it found and writes it to `--out`; the exit code is 1 where something did not survive.
+Each prints a line on what it found and writes all of it to `--out`; the exit code is 1 where something did not survive,
+2 where what was asked for is not there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from chaos_fuzz import UsageError
+from chaos_report import in_words
 
 
 def _keep(path: Path, result: dict[str, Any]) -> None:
@@ -40,9 +44,15 @@ def run_kill(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_fuzz(args: argparse.Namespace) -> dict[str, Any]:
     """Damaged and hostile files."""
+    names = [name for name in args.targets.split(",") if name]
+    if args.guided:
+        from chaos_atheris import guided
+
+        out = args.out / "guided"
+        return guided(args.minutes, args.seed, out, names, say=lambda result: _keep(args.out / "fuzz.json", result))
     from chaos_fuzz import fuzz
 
-    out, names = args.out / "fuzz", [name for name in args.targets.split(",") if name]
+    out = args.out / "fuzz"
     return fuzz(args.minutes, args.seed, out, names, say=lambda result: _keep(args.out / "fuzz.json", result))
 
 
@@ -58,13 +68,13 @@ def run_mix(args: argparse.Namespace) -> dict[str, Any]:
     pieces = {
         "kill": {"kills": max(1, round(args.minutes))},
         "faults": {"steps": max(100, round(150 * args.minutes)), "each": 300},
-        "fuzz": {"minutes": args.minutes / 5, "targets": ""},
+        "fuzz": {"minutes": args.minutes / 5, "targets": "", "guided": False},
         "soak": {"minutes": max(0.25, args.minutes / 5)},
     }
     result: dict[str, Any] = {}
     for name, flags in pieces.items():
         result[name] = PARTS[name](argparse.Namespace(out=args.out, seed=0, **flags))
-        print(f"{name}: {'ok' if result[name]['ok'] else 'FAILED'}", flush=True)
+        _say(name, result[name])
     return result | {"ok": all(part["ok"] for part in result.values())}
 
 
@@ -88,8 +98,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     fuzz.add_argument("--minutes", type=float, default=30.0)
     fuzz.add_argument("--seed", type=int, default=0, help="of the damage")
     fuzz.add_argument("--targets", default="", help="names of benchmarks/chaos_targets.py, with commas; default all")
+    fuzz.add_argument("--guided", action="store_true", help="by coverage, with libFuzzer: pip install -e '.[fuzz]'")
     soak = parts.add_parser("soak", help="memory, file handles and step time of a long run")
     soak.add_argument("--minutes", type=float, default=120.0)
+    for part in (faults, kill, fuzz, soak):  # before the part or after it
+        part.add_argument("--out", type=Path, default=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -98,17 +111,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if args.part is None:
         args.part, args.minutes = "mix", 0.5 if args.quick else args.minutes
-    result = {**PARTS, "mix": run_mix}[args.part](args)
+    try:
+        result = {**PARTS, "mix": run_mix}[args.part](args)
+    except UsageError as error:
+        print(f"chaos.py {args.part}: {error}", file=sys.stderr)
+        return 2
     _keep(args.out / f"{args.part}.json", result)
-    print(json.dumps(_short(result), indent=1))
+    if args.part == "mix":
+        print("all passed" if result["ok"] else "FAILED")
+    else:
+        _say(args.part, result)
+    print(f"the whole result: {args.out / args.part}.json")
     return 0 if result["ok"] else 1
 
 
-def _short(result: Any) -> Any:
-    """Without the samples of a soak."""
-    if isinstance(result, dict):
-        return {name: _short(value) for name, value in result.items() if name != "samples"}
-    return result
+def _say(part: str, result: dict[str, Any]) -> None:
+    print(in_words(part, result), flush=True)
+    for entry in result.get("found", []):
+        print(f"  {entry['target']}: {entry['error']:.300} ({entry['count']} times, {entry['files']})", flush=True)
 
 
 if __name__ == "__main__":

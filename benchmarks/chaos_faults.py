@@ -38,6 +38,7 @@ class ChaosInjector(Injector):
     Attributes:
         kind: of this step's fault, None without one.
         answers: by kind, how often the guard took the step, or why it did not.
+        without_fault: the same of the steps without one.
     """
 
     kinds = KINDS
@@ -46,6 +47,7 @@ class ChaosInjector(Injector):
         super().__init__(seed)
         self.kind: str | None = None
         self.answers: dict[str, dict[str, int]] = {kind: {} for kind in KINDS}
+        self.without_fault: dict[str, int] = {}
 
     def spoil(self, step: int, batch: Batch, head: EnergyHead) -> Batch:
         """The step's batch, with a fault every `EVERY` steps."""
@@ -77,10 +79,8 @@ class ChaosInjector(Injector):
         return context, mask, torch.full_like(expert, 0.5), torch.full_like(layers, 0.5)
 
     def answered(self, skipped: str | None) -> None:
-        """Counts what the guard did with this step's fault."""
-        if self.kind is not None:
-            answers = self.answers[self.kind]
-            answers[skipped or "step"] = answers.get(skipped or "step", 0) + 1
+        """Counts what the guard said that it did with this step."""
+        _add(self.without_fault if self.kind is None else self.answers[self.kind], {skipped or "step": 1})
 
 
 def small_config() -> EnergyConfig:
@@ -135,14 +135,15 @@ def faults(steps: int, each: int = 5_000, pairs: int = 4, say: Callable[[dict[st
         say: called with the result so far after each training.
 
     Returns:
-        `steps`, `bad_steps`, `nonfinite_state`, `injected` and `answers` by kind, `unanswered` (faults that were
-        not counted), `ranking`, see `_compare`; `ok`.
+        `steps`, `bad_steps`, `nonfinite_state`, `injected` and `answers` by kind, `without_fault` (answers to
+        other steps), `miscounted`, see there, `ranking`, see `_compare`; `ok`.
     """
     torch.set_num_threads(1)
     train_set, held_out = (wide_features(count, seed, _WIDTH, _TOKENS) for count, seed in ((2_000, 0), (400, 1)))
     config, each = small_config(), min(each, steps)
     rows: dict[str, list[dict[str, float]]] = {"untrained": [], "clean": [], "faulty": []}
     result: dict[str, Any] = {"steps": 0, "bad_steps": 0, "nonfinite_state": 0, "seconds": 0.0, "counters": {}}
+    without_fault: dict[str, int] = {}
     injected, answers = dict.fromkeys(KINDS, 0), {kind: dict[str, int]() for kind in KINDS}
     for seed in range(-(-steps // each)):
         runs = {arm: Run(arm, config, each, seed, learning_rate=2e-3) for arm in ("clean", "faulty")}
@@ -159,17 +160,32 @@ def faults(steps: int, each: int = 5_000, pairs: int = 4, say: Callable[[dict[st
         _add(injected, injector.counts)
         for kind in KINDS:
             _add(answers[kind], injector.answers[kind])
-        counted = sum(count for kind in answers.values() for count in kind.values())
+        _add(without_fault, injector.without_fault)
         result |= {"steps": (seed + 1) * each, "injected": injected, "answers": answers}
-        result["unanswered"] = sum(injected[kind] for kind in KINDS) - counted
+        result["without_fault"] = without_fault
+        result["miscounted"] = miscounted(result)
         result["ranking"] = {
             name: _compare({arm: [row[name] for row in rows[arm]] for arm in rows}) for name in MEASURES
         }
         kept = all(entry["kept"] for entry in result["ranking"].values())
-        result["ok"] = kept and not (result["bad_steps"] or result["nonfinite_state"] or result["unanswered"])
+        result["ok"] = kept and not (result["bad_steps"] or result["nonfinite_state"] or result["miscounted"])
         if say is not None:
             say(result)
     return result
+
+
+def miscounted(result: dict[str, Any]) -> int:
+    """By how many steps the guard's counters differ from what it answered step by step, and from all steps.
+
+    Of old results too, which lack `without_fault`: no step without a fault was skipped in them.
+    """
+    seen: dict[str, int] = {}
+    for answers in (*result["answers"].values(), result.get("without_fault", {})):
+        _add(seen, answers)
+    counted = {name: count for name, count in result["counters"].items() if name != "clipped"}
+    skips = (seen.keys() | counted.keys()) - {"step", "steps"}
+    wrong = sum(abs(seen.get(name, 0) - counted.get(name, 0)) for name in skips)
+    return wrong + abs(result["steps"] - sum(counted.values()))
 
 
 def _add(total: dict[str, int], more: dict[str, int]) -> None:

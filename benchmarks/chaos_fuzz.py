@@ -24,6 +24,10 @@ _PLAIN = (ValueError, OSError)
 _HERE = (str(Path(__file__).parents[1] / "vla_energy"), str(Path(__file__).parent))
 
 
+class UsageError(ValueError):
+    """What was asked for is not there."""
+
+
 class Hangs(BaseException):
     """A loader takes too long."""
 
@@ -46,6 +50,8 @@ def fuzz(
         By target how many files were `read`, `refused` and `accepted`; `found`, one entry a kind of unclear error:
         target, error, where it was raised, what was done to which file, and where the files are; `seconds`; `ok`.
     """
+    if names:
+        known_names(names)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     sys.stdout.flush()
@@ -67,12 +73,28 @@ def fuzz(
         if say is not None and path.is_file():
             say(json.loads(path.read_text()))
     del status
-    result = json.loads(path.read_text()) if path.is_file() else {"targets": {}, "found": []}
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    result = {"seconds": 0.0, "read": 0, "targets": {}, "found": []} | result
     if not result.get("complete"):
         log = (out / "child.log").read_text()[-2000:]
         now = (out / "now").read_text() if (out / "now").is_file() else "the start"
-        result["found"].append({"target": now, "error": "the process died", "where": log, "files": str(out / "work")})
+        died = {"target": now, "count": 1, "error": "the process died", "where": "", "trace": log}
+        result["found"].append({**died, "files": str(out / "work")})
     return result | {"ok": not result["found"]}
+
+
+def known_names(names: Sequence[str] = ()) -> list[str]:
+    """Of all loaders, or `names` where they are known.
+
+    Raises:
+        UsageError: one of `names` is not known.
+    """
+    from chaos_targets import targets
+
+    known = list(targets(Path()))
+    if unknown := sorted(set(names) - set(known)):
+        raise UsageError(f"--targets: unknown {', '.join(unknown)}; known: {', '.join(known)}")
+    return list(dict.fromkeys(names)) or known
 
 
 def _silence(log: Path) -> None:
@@ -88,8 +110,6 @@ def _child(seconds: float, seed: int, out: Path, names: Sequence[str]) -> None:
 
     known = targets(out / "scratch")
     wanted = {name: target for name, target in known.items() if not names or name in names}
-    if unknown := set(names) - set(known):
-        raise ValueError(f"unknown targets {sorted(unknown)}; known: {', '.join(known)}")
     signal.signal(signal.SIGALRM, _hangs)
     for name, target in wanted.items():
         (out / "seeds" / name).mkdir(parents=True)

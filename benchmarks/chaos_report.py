@@ -25,30 +25,55 @@ def table() -> str:
     rows = ["| run | how much | found | verdict |", "| --- | --- | --- | --- |"]
     for name, row in (("kill_first", _kill), ("kill", _kill), ("faults", _faults), ("fuzz_first", _fuzz)):
         rows.append(row(name, read(name)))
-    rows += [_fuzz("fuzz", read("fuzz"))] + [_soak(name, read(name)) for name in ("soak_first", "soak")]
+    for name in ("fuzz_second", "fuzz_third", "fuzz", "fuzz_guided_first", "fuzz_guided"):
+        rows.append(_fuzz(name, read(name)))
+    rows += [_soak(name, read(name)) for name in ("soak_first", "soak_second", "soak", "soak_trim")]
     return "\n".join(rows)
 
 
-def _line(name: str, much: str, found: str, ok: bool) -> str:
-    return f"| `{name}` | {much} | {found} | {'passed' if ok else 'failed'} |"
+def in_words(part: str, result: dict[str, Any]) -> str:
+    """One line on a result of `part`: `kill`, `faults`, `fuzz` or `soak`."""
+    much, found = _WORDS[part](result)
+    return f"{part}: {_verdict(result['ok'])}: {much}: {found}"
+
+
+def _line(name: str, part: str, result: dict[str, Any]) -> str:
+    much, found = _WORDS[part](result)
+    return f"| `{name}` | {much} | {found} | {_verdict(result['ok'])} |"
+
+
+def _verdict(ok: bool) -> str:
+    return "passed" if ok else "failed"
+
+
+def _time(minutes: float) -> str:
+    return f"{minutes:.0f} minutes" if minutes >= 2 else f"{60 * minutes:.0f} seconds"
 
 
 def _kill(name: str, result: dict[str, Any]) -> str:
+    return _line(name, "kill", result)
+
+
+def _kill_words(result: dict[str, Any]) -> tuple[str, str]:
     places = {
         "before_steps": "before the first step", "in_steps": "between saves", "in_writing": "while a save was written",
         "after_seal": "after its manifest", "between_renames": "between its renames",
     }  # fmt: skip
     fell = ", ".join(f"{result[key]} {words}" for key, words in places.items() if result[key])
     compared, files = result["compared"], ", ".join(f"`{where}`" for where in result["differences"])
-    much = f"{result['kills']} kills of a run of {result['steps']} steps: {fell}"
+    much = f"{result['kills']} kill{'s' * (result['kills'] != 1)} of a run of {result['steps']} steps: {fell}"
     found = (
         f"{len(result['differences'])} differences{': ' if files else ''}{files} in {compared['files']} files, "
         f"{compared['values']} values of the training state and {compared['rows']} rows of metrics"
     )
-    return _line(name, much, found, result["ok"])
+    return much, found
 
 
 def _faults(name: str, result: dict[str, Any]) -> str:
+    return _line(name, "faults", result)
+
+
+def _faults_words(result: dict[str, Any]) -> tuple[str, str]:
     injected = result["injected"]
     skipped = sum(count for answers in result["answers"].values() for why, count in answers.items() if why != "step")
     much = f"{result['steps']:,} head steps with {sum(injected.values()):,} faults of {len(injected)} kinds"
@@ -57,26 +82,41 @@ def _faults(name: str, result: dict[str, Any]) -> str:
         for measure, entry in result["ranking"].items()
     )
     found = f"{result['bad_steps']} steps with a parameter that is not finite, {skipped:,} steps skipped; {ranking}"
-    return _line(name, much, found, result["ok"])
+    return much, found
 
 
 def _fuzz(name: str, result: dict[str, Any]) -> str:
-    much = f"{result['read']:,} damaged files in {result['seconds'] / 60:.0f} minutes, {len(result['targets'])} loaders"
+    return _line(name, "fuzz", result)
+
+
+def _fuzz_words(result: dict[str, Any]) -> tuple[str, str]:
+    reads = {name: row["read"] for name, row in result["targets"].items()}
+    much = f"{result['read']:,} damaged files in {_time(result['seconds'] / 60)}, {len(reads)} loaders"
+    if len(reads) > 1:
+        least, most = min(reads, key=reads.__getitem__), max(reads, key=reads.__getitem__)
+        much += f", from {reads[least]:,} ({least}) to {reads[most]:,} ({most})"
     kinds = sum(entry["count"] for entry in result["found"])
     refused = sum(row["refused"] for row in result["targets"].values())
     found = f"{len(result['found'])} kinds of unclear errors ({kinds} files); {refused:,} files refused"
-    return _line(name, much, found, result["ok"])
+    return much, found
 
 
 def _soak(name: str, result: dict[str, Any]) -> str:
+    return _line(name, "soak", result)
+
+
+def _soak_words(result: dict[str, Any]) -> tuple[str, str]:
     memory, step, handles = result["memory"], result["step"], result["handles"]["fewest"]
-    much = f"{result['minutes']:.0f} minutes, {result['steps']:,} steps"
+    much = f"{_time(result['minutes'])}, {result['steps']:,} steps"
     found = (
         f"memory {memory['slope_mib_per_hour']:+.1f} ± {memory['standard_error']:.1f} MiB an hour at "
         f"{memory['mib_last']:.0f} MiB; open files {handles[0]} in the first third, {handles[2]} in the last; time "
         f"of a step, last third to first, {step['ratio']:.2f}"
     )
-    return _line(name, much, found, result["ok"])
+    return much, found
+
+
+_WORDS = {"kill": _kill_words, "faults": _faults_words, "fuzz": _fuzz_words, "soak": _soak_words}
 
 
 def main() -> int:

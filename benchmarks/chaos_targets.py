@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import random
@@ -78,29 +79,33 @@ def _use_head(folder: Path) -> None:
         loaded.statistics.action.normalize(torch.zeros(1, loaded.statistics.action.dim))
 
 
-def _reseal_head(folder: Path, draw: random.Random) -> str:
-    """Tensors or metadata changed, and the checksum made anew: what a stranger's file may hold."""
-    path = next(folder.glob("*.safetensors"))
-    with safe_open(str(path), framework="pt") as file:
-        metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    name = draw.choice(sorted(tensors))
-    kind = draw.choice(("metadata", "metadata", "shape", "type", "nan", "drop", "more"))
-    if kind == "metadata":
-        key = draw.choice(("config", "config", "config", "statistics", "extra", "step", "horizon", "context_dim"))
-        metadata[key] = json.dumps(damage_json(json.loads(metadata[key]), draw))
-    elif kind == "shape":
-        tensors[name] = torch.zeros(draw.choice(((0,), (3, 1), (2, 2, 2), ())))
-    elif kind == "type":
-        tensors[name] = tensors[name].to(draw.choice((torch.int64, torch.float64, torch.bool, torch.bfloat16)))
-    elif kind == "nan":
-        tensors[name] = torch.full_like(tensors[name], torch.nan)
-    elif kind == "drop":
-        del tensors[name]
-    else:
-        tensors["other"] = torch.zeros(2)
-    metadata["sha256"] = checkpoint._digest(tensors, metadata)
-    save_file(tensors, str(path), metadata)
-    return f"resealed {kind}"
+def _reseal(*keys: str) -> Callable[[Path, random.Random], str]:
+    """Tensors or one of the metadata's JSON `keys` changed, the checksum made anew: what a stranger's file may hold."""
+
+    def hostile(folder: Path, draw: random.Random) -> str:
+        path = next(folder.glob("*.safetensors"))
+        with safe_open(str(path), framework="pt") as file:
+            metadata, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        name = draw.choice(sorted(tensors))
+        kind = draw.choice(("metadata", "metadata", "shape", "type", "nan", "drop", "more"))
+        if kind == "metadata":
+            key = draw.choice(keys)
+            metadata[key] = json.dumps(damage_json(json.loads(metadata[key]), draw))
+        elif kind == "shape":
+            tensors[name] = torch.zeros(draw.choice(((0,), (3, 1), (2, 2, 2), ())))
+        elif kind == "type":
+            tensors[name] = tensors[name].to(draw.choice((torch.int64, torch.float64, torch.bool, torch.bfloat16)))
+        elif kind == "nan":
+            tensors[name] = torch.full_like(tensors[name].float(), torch.nan)
+        elif kind == "drop":
+            del tensors[name]
+        else:
+            tensors["other"] = torch.zeros(2)
+        metadata["sha256"] = checkpoint.digest(tensors, metadata)
+        save_file(tensors, str(path), metadata)
+        return f"resealed {kind}"
+
+    return hostile
 
 
 def _frames(count: int, seed: int) -> memory.MemoryBatch:
@@ -219,14 +224,20 @@ class Resume:
     """A trainer whose run is resumed again and again from what lies in the folder."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @functools.cached_property
+    def trainer(self) -> Any:
+        """Trained where it is first asked for: other loaders need none."""
         from vla_energy.finetune.trainer import Trainer
 
-        settings = chaos_run.config(root, "run", 1, 1)
+        settings = chaos_run.config(self.root, "run", 1, 1)
         settings.energy.freeze_backbone = True
-        shutil.rmtree(root, ignore_errors=True)
-        self.trainer = Trainer(settings)
-        self.trainer.run()
-        self.trainer.config.resume = True
+        shutil.rmtree(self.root, ignore_errors=True)
+        trainer = Trainer(settings)
+        trainer.run()
+        trainer.config.resume = True
+        return trainer
 
     def make(self, folder: Path) -> None:
         """Copies the run."""
@@ -264,6 +275,37 @@ def _policy(folder: Path) -> None:
     shutil.copytree(EMBEDDED, folder, dirs_exist_ok=True)
     for name in ("README.md", "curves.svg"):
         (folder / name).unlink()
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def _sharded(folder: Path) -> None:
+    """The policy's weights in two files, and the index that says which are where."""
+    _policy(folder)
+    with safe_open(str(folder / "model.safetensors"), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    (folder / "model.safetensors").unlink()
+    names, weight_map = list(tensors), dict[str, str]()
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        shard = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, str(folder / shard), {"format": "pt"})
+        weight_map |= dict.fromkeys(part, shard)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+
+
+def _damage_index(folder: Path, draw: random.Random) -> str:
+    """Another value somewhere in the index, mostly where a file's name is expected."""
+    data = json.loads((folder / INDEX).read_text())
+    kind = draw.choice(("name", "name", "other", "map"))
+    if kind == "other":
+        data = damage_json(data, draw)
+    else:
+        keys = [draw.choice(sorted(data["weight_map"]))] if kind == "name" else list(data["weight_map"])
+        data["weight_map"] |= dict.fromkeys(keys, nasty(draw))
+    (folder / INDEX).write_text(json.dumps(data))
+    return f"{INDEX}: {kind}"
 
 
 def _rlds(folder: Path) -> None:
@@ -334,7 +376,7 @@ def _flags(folder: Path) -> None:
 
 
 def targets(scratch: Path) -> dict[str, Target]:
-    """All of them, by name."""
+    """All of them, by name; nothing is made before a target's `make`."""
     resume = Resume(scratch / "resume")
     own = EnergyConfig().to_dict()
     task = {"use": "rerank@4", "trials": {"seeds": [1, 2], "replan_every": 4}}
@@ -343,8 +385,13 @@ def targets(scratch: Path) -> dict[str, Target]:
     folder_errors = (CheckpointFolderError, actions.StatisticsError)
     margins = {"margins": {"rerank": 0.1, "refine": None, "retrieve": 0}, "tasks": {"open": "rerank@4"}}
     found = {
-        "head": Target(_head, _use_head, (CheckpointError,), _reseal_head),
-        "memory": Target(_memory, _use_memory, (CheckpointError,)),
+        "head": Target(
+            _head,
+            _use_head,
+            (CheckpointError,),
+            _reseal(*3 * ["config"], "statistics", "extra", "step", "horizon", "context_dim"),
+        ),
+        "memory": Target(_memory, _use_memory, (CheckpointError,), _reseal("encoder", "statistics", "step")),
         "cache": Target(_cache, _use_cache, (cache.CacheError,), _reseal_cache),
         "gates": Target(_write(gates.GATES, margins), gates.load_gates, (CheckpointError,)),
         "statistics": Target(_statistics, _use_statistics, (actions.StatisticsError,)),
@@ -360,6 +407,9 @@ def targets(scratch: Path) -> dict[str, Target]:
             named=False,  # it may be a known dataset's
         ),
         "policy": Target(_policy, lambda folder: load_openvla(folder, use_proprio=True), folder_errors),
+        "sharded": Target(
+            _sharded, lambda folder: load_openvla(folder, use_proprio=True), folder_errors, _damage_index
+        ),
         "rlds": Target(_rlds, _use_rlds, (DatasetError, actions.StatisticsError)),
         # What is told of a task may come from several files.
         "trials": Target(_trials, _use_trials, (TrialsError,), named=False),

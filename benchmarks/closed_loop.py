@@ -26,8 +26,8 @@ from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.data.metaworld_env import SimulatorError
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.fingerprint import fingerprint
+from vla_energy.results import write_json
 from vla_energy.rollout.run import EVALUATION_SEED_OFFSET, run_rollouts
-from vla_energy.rollout.summary import write_json
 
 
 def study(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vla_energy.modes import split_arm
+from vla_energy.arms import split_arm
 
 
 def read_result(path: Path) -> dict[str, Any]:

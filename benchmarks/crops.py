@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from vla_energy.advisor import load_advisor
 from vla_energy.config import CandidatesConfig
 from vla_energy.finetune.frames import FrameReader, PolicyFrames
-from vla_energy.gates import load_advisor
 from vla_energy.modes import Advisor
 from vla_energy.preflight.measure import measure
 from vla_energy.preflight.verdict import calibrate, effect, halves
@@ -32,7 +32,7 @@ def with_candidates(advisor: Advisor, candidates: CandidatesConfig) -> Advisor:
     old = advisor.reranker
     assert old is not None
     config = dataclasses.replace(old.config, candidates=candidates)
-    new = Reranker(old.head, old.statistics, config, old.margin)
+    new = Reranker(old.head, old.statistics, config, old.margin, strict=True)
     return Advisor(new, advisor.memory, gripper_dims=advisor.gripper_dims, scale=advisor.scale)
 
 

@@ -29,12 +29,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from host_flags import ROOT, chosen, copy_checkout, host_parser
+
 from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.backbones.host_export import export_for_host, has_llama_ids
 from vla_energy.gates import load_gates, save_gates
 from vla_energy.memory import PREFIX
 
-ROOT = Path(__file__).parents[1]
 MODES = {"shut": "rerank", "open": "rerank", "retrieve": "retrieve", "recommended": "recommended"}
 RUNS = ("plain", "off", *MODES)
 
@@ -98,12 +99,7 @@ def compare(name: str, plain: dict[str, Any], made: dict[str, Any], episodes_a_t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if "--quick" in sys.argv:  # as the other benchmarks
-        print("left out: needs a checkout of openvla-oft, see --help")
-        return
-    for name in ("python", "host", "transformers", "dlimp", "checkpoint"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
+    parser = host_parser(__doc__)
     parser.add_argument("--tasks", default="0,7", help="numbers in the suite, comma-separated")
     parser.add_argument("--episodes", type=int, default=2, help="initial states a task")
     parser.add_argument("--runs", default=",".join(RUNS), help="which, comma-separated; plain is always done")
@@ -111,9 +107,8 @@ def main() -> None:
         "--out", type=Path, help="every run's actions and successes, JSON; runs that it has are not repeated"
     )
     args, flags = parser.parse_known_args()
-    runs = [name for name in RUNS if name == "plain" or name in args.runs.split(",")]
-    if unknown := sorted({*args.runs.split(",")} - {*RUNS}):
-        parser.error(f"--runs {', '.join(unknown)}: choose from {', '.join(RUNS)}")
+    asked = chosen(parser, "runs", args.runs, RUNS)
+    runs = [name for name in RUNS if name == "plain" or name in asked]
     if "retrieve" in runs and not any(args.checkpoint.glob(f"{PREFIX}*")):
         runs.remove("retrieve")
         print(f"retrieve: left out, {args.checkpoint} has no chunk memory")
@@ -131,10 +126,8 @@ def main() -> None:
     fine = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for checkout in (work / "plain", work / "patched"):
-            shutil.copytree(args.host, checkout, symlinks=True)
-        command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(work / "patched")]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        for name in ("plain", "patched"):
+            copy_checkout(args.host, work / name, patched=name == "patched")
         for name in runs:
             instructions = results["plain"]["instructions"] if name != "plain" else []
             checkpoint, ours = prepare(args, work, name, instructions)

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,14 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from host_cpu import register
+from host_flags import DATASET, ROOT, add_data, chosen, copy_checkout, host_parser
 from host_server import HostServer
 
 from vla_energy.actions import load_statistics
 from vla_energy.backbones import load_openvla
 from vla_energy.checkpoint import load_head
 
-ROOT = Path(__file__).parents[1]
-DATASET = "libero_spatial_no_noops"
 _TWO = ["--num_images_in_input", "2", "--use_proprio", "True"]
 INPUTS = {"1": [], "2": _TWO, "film": [*_TWO, "--use_film", "True"]}
 """The host's flags; its default is one image, without proprioception."""
@@ -202,30 +200,22 @@ def check(args: argparse.Namespace, work: Path, images: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if "--quick" in sys.argv:  # as the other benchmarks
-        print("left out: needs a checkout of openvla-oft, see --help")
-        return
-    for name in ("python", "host", "transformers", "dlimp", "checkpoint"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--data_root_dir", type=Path, default=ROOT / "tests" / "libero")
+    parser = host_parser(__doc__)
+    add_data(parser)
     parser.add_argument(
         "--images", default="1,2,film,refused",
         help="1: one image; 2: the wrist camera and proprioception too; film: these with FiLM; refused: what cannot be",
     )  # fmt: skip
     args = parser.parse_args()
-    if unknown := sorted({*args.images.split(",")} - {*NAMES, "refused"}):
-        parser.error(f"--images {', '.join(unknown)}: choose from {', '.join(NAMES)}, refused")
+    names = chosen(parser, "images", args.images, [*NAMES, "refused"])
     register(ROOT / "tests" / "golden_towers.py")  # for the native path, in this process
     args.server = HostServer(args)
     fine = True
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        for checkout in (work / "plain", work / "patched"):
-            shutil.copytree(args.host, checkout)
-        patch = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(work / "patched")]
-        subprocess.run(patch, check=True, stdout=subprocess.DEVNULL)
-        for images in args.images.split(","):
+        for name in ("plain", "patched"):
+            copy_checkout(args.host, work / name, patched=name == "patched")
+        for images in names:
             print(f"== {NAMES.get(images, images)}", flush=True)
             fine &= refuse(args, work) if images == "refused" else check(args, work, images)
     args.server.close()

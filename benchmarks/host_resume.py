@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from host_plugin import DATASET
-from host_server import ROOT, HostServer
+from host_flags import DATASET, add_data, chosen, copy_checkout, host_parser
+from host_server import HostServer
 
 State = dict[str, Any]
 LEARNING = ["--energy.learning_rate", "0.001", "--energy.warm_steps", "0"]
@@ -132,26 +131,17 @@ def _told(one: State, other: State) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    if "--quick" in sys.argv:  # as the other benchmarks
-        print("left out: needs a checkout of openvla-oft, see --help")
-        return
-    for name in ("python", "host", "transformers", "dlimp", "checkpoint"):
-        parser.add_argument(f"--{name}", type=Path, required=True)
-    parser.add_argument("--data_root_dir", type=Path, default=ROOT / "tests" / "libero")
+    parser = host_parser(__doc__)
+    add_data(parser)
     parser.add_argument("--parts", default="resume,ranks", help="comma-separated")
     args = parser.parse_args()
     parts = {"resume": resumed, "ranks": ranked}
-    if unknown := sorted({*args.parts.split(",")} - {*parts}):
-        parser.error(f"--parts {', '.join(unknown)}: choose from {', '.join(parts)}")
+    names = chosen(parser, "parts", args.parts, parts)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        args.checkout = work / "checkout"
-        shutil.copytree(args.host, args.checkout)
-        command = [sys.executable, "-m", "vla_energy.cli", "patch", "apply", str(args.checkout)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        args.checkout = copy_checkout(args.host, work / "checkout", patched=True)
         args.server = HostServer(args)
-        done = [parts[name](args, work) for name in args.parts.split(",")]
+        done = [parts[name](args, work) for name in names]
         args.server.close()
     sys.exit(0 if all(done) else 1)
 

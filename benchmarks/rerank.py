@@ -73,7 +73,7 @@ def wide_runs(
     context, mask = torch.randn(1, shape.tokens, shape.width), torch.ones(1, shape.tokens, dtype=torch.bool)
     policy = torch.rand(1, 1, shape.horizon, shape.dims) * 2 - 1
     many = policy + 0.05 * torch.randn(1, CANDIDATES, shape.horizon, shape.dims)
-    reranker = Reranker(head, None, EnergyConfig())
+    reranker = Reranker(head, None, EnergyConfig(), strict=True)
     with scoring(head):
         encoded = head.encode(context, mask, policy[:, 0])
 

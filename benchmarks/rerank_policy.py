@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import torch
 
+from vla_energy.advisor import load_advisor
 from vla_energy.config import EnergyConfig
 from vla_energy.finetune.config import EMBEDDED
 from vla_energy.finetune.frames import FrameReader
-from vla_energy.gates import load_advisor
 from vla_energy.head import EnergyHead
 from vla_energy.modes import Advisor, Frame
 from vla_energy.rerank import Reranker, scoring
@@ -24,7 +24,7 @@ def policy_runs(checkpoint: str, data_root: str, dataset: str, candidates: int) 
     vla = reader.vla
     if checkpoint == EMBEDDED:
         head = EnergyHead(vla.context_dim, vla.action_dim, vla.horizon, EnergyConfig()).eval()
-        advisor = Advisor(Reranker(head, reader.statistics, EnergyConfig()))
+        advisor = Advisor(Reranker(head, reader.statistics, EnergyConfig(), strict=True))
     else:
         advisor = load_advisor(checkpoint, reader.statistics, vla.horizon, vla.action_dim, vla.context_dim)
     return _runs(reader, advisor, candidates)
