@@ -20,6 +20,7 @@ from chaos_mutate import damage_json, nasty
 from closed_loop_checks import read_preflight
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sample_run import write_run
 
 from vla_energy import actions, cache, checkpoint, durable, gates, memory
 from vla_energy.backbones import load_openvla
@@ -36,7 +37,9 @@ from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.head import EnergyHead
 from vla_energy.preflight.trials import TrialsError, read_trials
-from vla_energy.report.runs import read_rows
+from vla_energy.report.html import write_report
+from vla_energy.report.runs import read_runs
+from vla_energy.results import read_rows
 from vla_energy.rollout import spool
 
 D, S, H, A = 6, 5, 4, 3
@@ -419,6 +422,9 @@ def targets(scratch: Path) -> dict[str, Target]:
             (ValueError, OSError),
         ),
         "metrics": Target(_metrics, read_rows, (ValueError, FileNotFoundError)),
+        "report": Target(
+            write_run, lambda folder: write_report(read_runs([folder]), folder / "report.html"), (ValueError,)
+        ),
         "spool": Target(_spool, _use_spool, (ValueError,)),
     }
     return found

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from report_fixture import footage, metrics, preflight, rollout, rows, write_run
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from chaos_mutate import damage_json
+from sample_run import footage, metrics, preflight, rollout, rows, write_run
 
 from vla_energy import cli
 from vla_energy.fingerprint import fingerprint
@@ -355,7 +360,7 @@ def test_what_cannot_be_reported_on_is_named(tmp_path: Path) -> None:
         (tmp_path / "pf").mkdir()
         read_run(home, tmp_path / "pf")
     (home / "shapes.json").write_text("[1]")
-    with pytest.raises(ReportError, match=r"shapes\.json holds list"):
+    with pytest.raises(ReportError, match=r"shapes\.json is not what .*the whole: expected an object, found \[1\]"):
         read_run(home)
     (home / "shapes.json").write_text("{")
     with pytest.raises(ReportError, match=r"shapes\.json is damaged"):
@@ -371,3 +376,53 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert Path(told["written"]).is_file() and told["runs"][0]["last"]["val/finetune/l1_val"] == 0.1
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "told"),
+    [
+        ("rollout.json", "overall.arms.policy.success", None, "expected a number that can be drawn, found nothing"),
+        (
+            "rollout.json",
+            "tasks.reach.differences.rerank.interval",
+            [0.1],
+            r"expected two numbers that can be drawn, found \[0.1\]",
+        ),
+        ("rollout.json", "tasks", 3, "expected an object, found 3"),
+        ("preflight.json", "modes.rerank.bands", {"near": 0.5}, r"expected shares by band \(from_0.05\)"),
+        ("preflight.json", "verdict.reasons", [], r"expected sentences, found \[\]"),
+        ("shapes.json", "frames.1.plane.energies", [[0.0]], "expected xs, ys and as many energies"),
+        ("shapes.json", "gate.worse", [0.1], "expected margins, accepted, worse and l1 of one length"),
+        ("settings.json", "flags", "seed=7", "expected an object, found 'seed=7'"),
+        ("metrics.json", "energy.win_rate.in_batch", "high", "expected a number or null, found 'high'"),
+        ("energy_gates.json", "tasks.reach", 2, "expected text, found 2"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_told_with_the_place(
+    tmp_path: Path, name: str, place: str, value: object, told: str
+) -> None:
+    path = write_run(tmp_path / "run") / name
+    data = json.loads(path.read_text())
+    *way, last = place.split(".")
+    node = data
+    for key in way:
+        node = node[int(key) if isinstance(node, list) else key]
+    node[last] = value
+    path.write_text(json.dumps(data))
+    where = re.escape(place.removesuffix(".energies").removesuffix(".worse"))  # these are told as a whole
+    with pytest.raises(ReportError, match=rf"{re.escape(name)} is not what the report reads there \({where}: {told}"):
+        read_run(path.parent)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_damaged_files_are_told_or_drawn(tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    folder = write_run(tmp_path / "run")
+    path = draw.choice(sorted(folder.glob("*.json")))
+    path.write_text(json.dumps(damage_json(json.loads(path.read_text()), draw)))
+    try:
+        page = write_report(read_runs([folder]), folder / "report.html").read_text(encoding="utf-8")
+    except ReportError as error:
+        assert path.name in str(error)
+    else:
+        _is_whole(page)

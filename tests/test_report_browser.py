@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from pathlib import Path
 
 import pytest
 from browser import HELP, SCHEMES, WIDTHS, find, look
-from report_fixture import write_run
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from sample_run import write_run
 
 from vla_energy.report.html import write_report
 from vla_energy.report.runs import read_runs

@@ -112,3 +112,11 @@ def to_json(data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return [to_json(value) for value in data]
     return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def finite(value: Any) -> bool:
+    """Whether it is a number that is finite, and has room in a float."""
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:  # of an integer
+        return False

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla_energy.report.page import table
-from vla_energy.report.runs import UNDEFINED, Run, finite
+from vla_energy.report.runs import UNDEFINED, Run
+from vla_energy.results import finite
 
 _HEADLINES = {
     "L1 before": ("finetune", "l1_val_before"),

@@ -9,7 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vla_energy.report.runs import UNDEFINED, finite
+from vla_energy.report.runs import UNDEFINED
+from vla_energy.results import finite
 
 COLOURS = ("#3b82f6", "#ef7d1a", "#22a06b", "#c2479a", "#8b6cef", "#a58a2b", "#1aa0b4", "#d9534f", "#7c8798")
 INK = "#808890"

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla_energy.report.curves import COLOURS, INK, figure_html, legend, new_figure, plain
-from vla_energy.report.runs import Run, finite
+from vla_energy.report.runs import Run
+from vla_energy.results import finite
 
 _MARKERS = "osD^v<>P"
 _MOST_TASKS = 24

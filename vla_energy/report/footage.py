@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from vla_energy.report.curves import COLOURS
-from vla_energy.report.runs import Run, finite
+from vla_energy.report.runs import Run
+from vla_energy.results import finite
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 160, 60, 40
 _KEYS = {

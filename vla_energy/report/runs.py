@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vla_energy.fingerprint import fingerprint
-from vla_energy.results import FOOTAGE, SETTINGS, SHAPES, read_rows
+from vla_energy.report.expected import FILES, difference
+from vla_energy.results import FOOTAGE, SETTINGS, SHAPES, finite, read_rows
 
 _GATES = "energy_gates.json"
 _LABEL = 20
@@ -106,13 +106,13 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
             "folder of a run of scripts/finetune_energy.py, vla-energy train-head or the demo"
         )
     given = {"preflight.json": _file(preflight, "preflight.json"), "rollout.json": _file(rollout, "rollout.json")}
-    texts = {name: _read(given.get(name) or path) for name, path in found.items()}
+    texts = {name: _read(given.get(name) or path, name) for name, path in found.items()}
     run.metrics = texts["metrics.json"] or _from_rows(run.rows)
     stored = texts[SETTINGS] or {}
     run.settings, run.versions = stored.get("flags", {}), stored.get("versions") or run.metrics.get("versions", {})
     run.rollout = texts["rollout.json"] or run.metrics.get("rollout")
     run.preflight, run.shapes, run.footage = texts["preflight.json"], texts[SHAPES], texts[FOOTAGE]
-    run.gates = _read(gates)
+    run.gates = _read(gates, _GATES)
     _tell_missing(run)
     _tell_others(run, [place for place in checkpoints if (place / "config.json").is_file()])
     return run
@@ -174,15 +174,15 @@ def _file(given: str | Path | None, name: str) -> Path | None:
     return path
 
 
-def _read(path: Path | None) -> dict[str, Any] | None:
+def _read(path: Path | None, name: str) -> dict[str, Any] | None:
     if path is None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ReportError(f"{path} is damaged ({error}): delete it, or write it anew") from error
-    if not isinstance(data, dict):
-        raise ReportError(f"{path} holds {type(data).__name__}, not an object: is it the file that is meant?")
+    if wrong := difference(data, FILES[name]):
+        raise ReportError(f"{path} is not what the report reads there ({wrong}): delete it, or write it anew")
     return data
 
 
@@ -237,11 +237,3 @@ def _tell_others(run: Run, checkpoints: Sequence[Path]) -> None:
                 f"{name} were made with another checkpoint than this run's, or before it was trained on or got its "
                 "head or memory: run it again"
             )
-
-
-def finite(value: Any) -> bool:
-    """Whether it is a number that is finite, and has room in a float."""
-    try:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    except OverflowError:  # of an integer
-        return False

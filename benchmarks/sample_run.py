@@ -1,4 +1,4 @@
-"""A run's folder with everything the report reads, made up."""
+"""A run's folder with everything the report reads, made up: for the fuzzer and the report's tests."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def metrics(with_rollout: bool = True) -> dict[str, Any]:
 
 def write_run(folder: Path, shift: float = 0.0, rate: float = 1e-3) -> Path:
     """The folder of a run that has everything."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(shift=shift)))
     stored = {"flags": {"seed": 7, "learning_rate": rate, "energy": {"range": {"name": "softplus"}}}, "versions": {}}
     files = {"metrics.json": metrics(), "rollout.json": rollout(), "preflight.json": preflight()}
