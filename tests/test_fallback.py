@@ -12,8 +12,9 @@ import torch
 
 from vla_energy import EnergyConfig, EnergyHead, Reranker
 from vla_energy.checkpoint import save_head
+from vla_energy.compatibility import CompatibilityError
 from vla_energy.fallback import Fallback
-from vla_energy.rerank import CompatibilityError, EnergyError
+from vla_energy.rerank import EnergyError
 from vla_energy.rollout.interface import Request
 from vla_energy.rollout.policy import CheckpointPolicy
 from vla_energy.rollout.world import Observation

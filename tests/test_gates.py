@@ -19,13 +19,14 @@ from vla_energy.actions import DatasetStatistics, FieldStatistics
 from vla_energy.advisor import load_advisor
 from vla_energy.arms import BOTH, MODES
 from vla_energy.checkpoint import CheckpointError, save_head
+from vla_energy.compatibility import CompatibilityError
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.gates import GATES, load_gates, save_gates
 from vla_energy.head import EnergyHead
 from vla_energy.memory import ChunkMemory, MemoryBatch
 from vla_energy.modes import Advisor, Frame
 from vla_energy.noise import noise_scale
-from vla_energy.rerank import MARGIN_KEY, CompatibilityError, Reranker
+from vla_energy.rerank import MARGIN_KEY, Reranker
 
 S, D, H, A, FRAMES = 4, 12, 3, 3, 12
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vla_energy import losses
 from vla_energy.actions import DatasetStatistics, FieldStatistics
 from vla_energy.calibrate import fewest_draws
+from vla_energy.compatibility import CompatibilityError, check_statistics
 from vla_energy.config import PRESETS, SOURCES, EnergyConfig, GuardConfig, RangeConfig, TemperatureConfig
 from vla_energy.config.model import RANGES
 from vla_energy.fallback import Fallback
@@ -26,7 +27,6 @@ from vla_energy.negatives import near_positive_mask
 from vla_energy.noise import noise_scale, smooth_noise
 from vla_energy.outcomes import join_contexts
 from vla_energy.ranges import apply_range, relative_slope, saturated_share
-from vla_energy.rerank import CompatibilityError, check_statistics
 from vla_energy.row_blocks import in_row_blocks
 from vla_energy.sources import add_failed, build_negatives
 from vla_energy.temperature import Temperature

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
 from vla_energy.calibrate import _hoeffding_bentkus, _shares, calibrate_margin, fewest_draws
 from vla_energy.checkpoint import CheckpointError, save_head
+from vla_energy.compatibility import CompatibilityError
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.head import EnergyHead
-from vla_energy.rerank import CompatibilityError, Reranker, rerank
+from vla_energy.rerank import Reranker, rerank
 
 B, S, D, N, H, A = 5, 6, 16, 7, 4, 3
 

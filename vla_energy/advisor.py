@@ -10,11 +10,12 @@ import torch
 from vla_energy.actions import DatasetStatistics
 from vla_energy.arms import BOTH, split_arm
 from vla_energy.checkpoint import CheckpointError
+from vla_energy.compatibility import check_statistics
 from vla_energy.gates import GATES, MEND, load_gates
 from vla_energy.memory import PREFIX, ChunkMemory, check_memory
 from vla_energy.modes import Advisor
 from vla_energy.noise import noise_scale
-from vla_energy.rerank import Reranker, check_statistics
+from vla_energy.rerank import Reranker
 
 logger = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import load_head
+from vla_energy.compatibility import CompatibilityError, check_statistics
 from vla_energy.config import EnergyConfig
 from vla_energy.fallback import Fallback
 from vla_energy.gates import load_gates
@@ -28,12 +28,6 @@ logger = logging.getLogger(__name__)
 
 MARGIN_KEY = "rerank_margin"
 """Under this name a checkpoint's own metadata hold the calibrated margin; None there is a gate that stays shut."""
-
-_TOLERANCE = 1e-4  # relative; the same statistics written by two programs
-
-
-class CompatibilityError(ValueError):
-    """The head was trained for other actions or another context than the policy's."""
 
 
 class EnergyError(ValueError):
@@ -287,35 +281,6 @@ def check_energies(energies: Tensor, finite: Tensor, fallback: Fallback, what: s
     if (broken := finite & ~energies.isfinite()).any():
         row = int(broken.int().argmax())
         fallback.failed(EnergyError(f"the energy of the policy's own chunk is not finite (row {row})"), what)
-
-
-def check_statistics(trained: DatasetStatistics, used: DatasetStatistics, what: str) -> None:
-    """Checks that normalised actions mean the same under two statistics.
-
-    Args:
-        trained: those that `what` was made with.
-        used: the policy's.
-        what: "the head", "the memory".
-
-    Raises:
-        CompatibilityError: they do not; the message names the first dimension that differs.
-    """
-    ours, theirs = trained.action, used.action
-    if ours.dim != theirs.dim:
-        raise CompatibilityError(f"{what}'s statistics have {ours.dim} dimensions, the policy's {theirs.dim}")
-    unit = np.maximum(ours.q99 - ours.q01, 1e-8)
-    same = {
-        "mask": ours.mask == theirs.mask,
-        "q01": ~ours.mask | (np.abs(ours.q01 - theirs.q01) <= _TOLERANCE * unit),
-        "q99": ~ours.mask | (np.abs(ours.q99 - theirs.q99) <= _TOLERANCE * unit),
-        "min = max": ~ours.mask | ((ours.min == ours.max) == (theirs.min == theirs.max)),
-    }
-    for name, equal in same.items():
-        if not equal.all():
-            raise CompatibilityError(
-                f"{what} was trained with other action statistics: {name} differs at dimension "
-                f"{int(np.argmin(equal))}; use the checkpoint's own dataset_statistics.json, or make {what} again"
-            )
 
 
 def _check_choice(candidates: Tensor, margin: float, prior: Tensor | None) -> None:

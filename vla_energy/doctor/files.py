@@ -7,10 +7,10 @@ from pathlib import Path
 
 from vla_energy.actions import DatasetStatistics, StatisticsError, load_statistics
 from vla_energy.checkpoint import find_one, load_head
+from vla_energy.compatibility import CompatibilityError, check_statistics
 from vla_energy.doctor.findings import Finding, NotCheckedError, Subject
 from vla_energy.doctor.policy import is_discrete
 from vla_energy.gates import load_gates
-from vla_energy.rerank import CompatibilityError, check_statistics
 
 COMPONENTS = (
     "action_head",

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError, load_statistics
+from vla_energy.compatibility import CompatibilityError, check_statistics
 from vla_energy.doctor.findings import Finding, NotCheckedError, Subject
 from vla_energy.doctor.policy import component, read_config
-from vla_energy.rerank import CompatibilityError, check_statistics
 
 FILE = "dataset_statistics.json"
 _WRITE = f"take the {FILE} that fine-tuning wrote beside this checkpoint"

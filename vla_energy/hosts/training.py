@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics
 from vla_energy.checkpoint import CheckpointError, atomic_write, load_head, save_head
+from vla_energy.compatibility import check_statistics
 from vla_energy.distributed import current
 from vla_energy.durable import read_torch
 from vla_energy.guard import GuardedOptimizer
@@ -31,7 +32,6 @@ from vla_energy.hosts.hidden_states import (
     visible_context,
 )
 from vla_energy.objective import EnergyObjective
-from vla_energy.rerank import check_statistics
 from vla_energy.sources import ActionTraits, check_sources
 
 logger = logging.getLogger(__name__)
