@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 GIB = 1024.0
-_INK = "#808890"  # mid-tone: readable on white and on black
+_INK = "#757575"  # 4.6 to 1 against white and against black
 _AXES = {"B": "B, contexts of a batch", "N": "N, candidates of a context", "S": "S, tokens of a context"}
 
 
