@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import logging
 import os
 import shutil
 import signal
@@ -22,6 +24,7 @@ from ranks_fixture import results, run_ranks
 from rollouts_fixture import NAME, write_rollouts
 from torch import Tensor
 
+from vla_energy import contact
 from vla_energy.backbones import load_openvla
 from vla_energy.backbones.tiny import EMBEDDED as EMBEDDED_VLA
 from vla_energy.config import EnergyConfig, RolloutsConfig, TemperatureConfig
@@ -442,6 +445,22 @@ def test_shards_of_the_data_are_what_one_reader_takes() -> None:
         data.batches(2, shard=(2, 2))
     with pytest.raises(DatasetError, match="repeat"):
         data.batches(2, shard=(0, 2), repeat=False)
+
+
+def _wait_long(ranks: Ranks) -> list[str]:
+    contact._LONG = 2
+    heard = io.StringIO()
+    contact.logger.addHandler(logging.StreamHandler(heard))
+    if ranks.rank == 1:
+        time.sleep(3.5)
+    ranks.share()
+    return heard.getvalue().splitlines()
+
+
+def test_a_long_wait_is_told_by_who_waits(tmp_path: Path) -> None:
+    waited, slow = results(2, _wait_long, tmp_path)
+    assert [line[:52] for line in waited] == ["rank 0 has waited 2 s for others, which are alive: o"]
+    assert slow == []
 
 
 def test_a_single_process_exchanges_nothing() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import logging
 import time
 import traceback
 from collections.abc import Callable
@@ -14,8 +16,11 @@ import torch.distributed as dist
 
 from vla_energy.pulse import Pulse
 
+logger = logging.getLogger(__name__)
+
 _LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exchange is waited for
 _WORDS = 5.0  # seconds in which the ranks that are left say so
+_LONG = 300  # looks, after which a wait is told
 
 
 class RankError(RuntimeError):
@@ -107,13 +112,19 @@ class Contact:
             work.wait()
             return
         beats, unanswered = self._pulse.beats, 0
-        while True:
+        for looks in itertools.count(1):
             try:
                 work.wait(_LOOK)
                 return
             except RuntimeError:
                 if work.is_completed():
                     raise
+            if looks % _LONG == 0:
+                logger.warning(
+                    "rank %d has waited %d s for others, which are alive: one reads data, validates or saves, or hangs "
+                    "there (py-spy dump --pid PID shows where); the last checkpoint is whole, should you end it",
+                    self.rank, looks * _LOOK.seconds,
+                )  # fmt: skip
             unanswered = unanswered + 1 if self._pulse.beats == beats and not self._pulse.lost else 0
             beats = self._pulse.beats
             if self._pulse.silent or unanswered >= self._pulse.patience:
