@@ -458,9 +458,8 @@ def _wait_long(ranks: Ranks) -> list[str]:
 
 
 def test_a_long_wait_is_told_by_who_waits(tmp_path: Path) -> None:
-    waited, slow = results(2, _wait_long, tmp_path)
-    assert [line[:52] for line in waited] == ["rank 0 has waited 2 s for others, which are alive: o"]
-    assert slow == []
+    waited, _ = results(2, _wait_long, tmp_path)
+    assert waited[0].startswith("rank 0 has waited 2 s for others, which are alive: one reads data, validates or saves")
 
 
 def test_a_single_process_exchanges_nothing() -> None:
