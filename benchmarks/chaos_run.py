@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import json
 import logging
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 from vla_energy.config import EnergyConfig
 from vla_energy.finetune.config import FinetuneConfig
@@ -37,8 +41,14 @@ def warm_up() -> None:
     del vla_energy
 
 
-def start(settings: FinetuneConfig, log: Path) -> int:
-    """Forks a child that does the run, its output appended to `log`; the child's process id."""
+def start(settings: FinetuneConfig, log: Path, allocated: Path | None = None) -> int:
+    """Forks a child that does the run; its process id.
+
+    Args:
+        settings: of the run.
+        log: its output is appended to it.
+        allocated: gets what the child holds after each validation, a row of JSON each: see `allocations`.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -54,7 +64,10 @@ def start(settings: FinetuneConfig, log: Path) -> int:
         from vla_energy.finetune.trainer import Trainer
 
         try:
-            Trainer(settings).run()
+            trainer = Trainer(settings)
+            if allocated is not None:
+                _note_allocations(trainer, allocated)
+            trainer.run()
             code = 0
         except RunStoppedError as error:
             code = error.exit_code
@@ -63,6 +76,43 @@ def start(settings: FinetuneConfig, log: Path) -> int:
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = [(name, ctypes.c_size_t) for name in _names]
+
+
+def allocations() -> dict[str, int] | None:
+    """What this process has allocated and not freed: `bytes` by malloc in all arenas, `blocks` of Python's own.
+
+    Unlike its resident memory this has no holes in it, and no pages that the allocator keeps for later. None where the
+    C library has no `mallinfo2` (glibc before 2.33, and others).
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallinfo2"):
+        return None
+    library.mallinfo2.restype = _MallInfo
+    found = library.mallinfo2()
+    return {"bytes": found.uordblks + found.hblkhd, "blocks": sys.getallocatedblocks()}
+
+
+def _note_allocations(trainer: Any, path: Path) -> None:
+    """After each validation, at the same place of the cycle: within a step it depends on the moment."""
+    validate, begun = trainer.validate, time.monotonic()
+
+    def noted() -> Any:
+        result = validate()
+        gc.collect()  # cycles of garbage are no leak, and go at any time
+        if (found := allocations()) is not None:
+            with path.open("a") as file:
+                row = {"step": trainer.step, "seconds": round(time.monotonic() - begun, 1)} | found
+                file.write(json.dumps(row) + "\n")
+        return result
+
+    trainer.validate = noted
 
 
 def exit_code(pid: int) -> int | None:

@@ -62,7 +62,7 @@ def soak(minutes: float, out: Path, say: Callable[[dict[str, Any]], None] | None
 
     Returns:
         What `verdict` finds, `minutes`, `steps`, `saved` (the step of the last checkpoint), `samples` (some of them),
-        `failure` (the log's end, where the child ended by itself or not as told); `ok`.
+        `allocated` (see `held`), `failure` (the log's end, where the child ended by itself or not as told); `ok`.
     """
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -70,7 +70,8 @@ def soak(minutes: float, out: Path, say: Callable[[dict[str, Any]], None] | None
     settings = replace(
         chaos_run.config(out, "run", 10**9, _CYCLE // 4), use_val_set=True, val_freq=_CYCLE, val_time_limit=5
     )
-    pid, samples, log = chaos_run.start(settings, out / "run.log"), list[Sample](), out / "run.log"
+    samples, log, allocated = list[Sample](), out / "run.log", out / "allocated.jsonl"
+    pid = chaos_run.start(settings, log, allocated)
     every, said, begun = min(5.0, minutes * 60 / 40), time.monotonic(), None
     while (code := chaos_run.exit_code(pid)) is None:
         time.sleep(every)
@@ -84,10 +85,10 @@ def soak(minutes: float, out: Path, say: Callable[[dict[str, Any]], None] | None
             continue
         if say is not None and time.monotonic() - said > 60 and len(samples) > 20:
             said = time.monotonic()
-            say(_result(samples, None, None))
+            say(_result(samples, allocated, None, None))
         if samples[-1].seconds >= minutes * 60:
-            return _result(samples, settings.run_dir, _stop(pid, log))
-    return _result(samples, settings.run_dir, f"exit code {code}: {log.read_text()[-2000:]}")
+            return _result(samples, allocated, settings.run_dir, _stop(pid, log))
+    return _result(samples, allocated, settings.run_dir, f"exit code {code}: {log.read_text()[-2000:]}")
 
 
 def fixed_work() -> float:
@@ -219,7 +220,30 @@ def _stop(pid: int, log: Path) -> str | None:
     return None if code == 128 + signal.SIGTERM else f"exit code {code} after SIGTERM: {log.read_text()[-2000:]}"
 
 
-def _result(samples: Sequence[Sample], run: Path | None, failure: str | None) -> dict[str, Any]:
+def held(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """How what the child has allocated and not freed changes, the first `WARM` of the run left out.
+
+    Args:
+        rows: of `chaos_run.allocations` after each validation, with `seconds`.
+
+    Returns:
+        Of `bytes` and `blocks`: `first` and `last` (medians of thirds), `slope_per_hour`, `standard_error`; `rows`,
+        how many there were. None where there are fewer than fifteen.
+    """
+    used = [row for row in rows if row["seconds"] >= WARM * rows[-1]["seconds"]]
+    if len(used) < 15:
+        return None
+    third, hours = len(used) // 3, [row["seconds"] / 3600 for row in used]
+    result: dict[str, Any] = {"rows": len(used)}
+    for name in ("bytes", "blocks"):
+        values = [float(row[name]) for row in used]
+        slope, error = trend(hours, values)
+        ends = {"first": statistics.median(values[:third]), "last": statistics.median(values[-third:])}
+        result[name] = ends | {"slope_per_hour": slope, "standard_error": error}
+    return result
+
+
+def _result(samples: Sequence[Sample], allocated: Path, run: Path | None, failure: str | None) -> dict[str, Any]:
     result: dict[str, Any] = {"ok": False}
     try:
         result = verdict(samples)
@@ -229,6 +253,9 @@ def _result(samples: Sequence[Sample], run: Path | None, failure: str | None) ->
         result |= {"minutes": samples[-1].seconds / 60, "steps": samples[-1].step}
         kept = samples[:: -(-len(samples) // _KEPT)]
         result["samples"] = [{**asdict(row), "seconds": round(row.seconds, 1)} for row in kept]
+    if allocated.is_file():
+        lines = allocated.read_text().splitlines(keepends=True)  # the last one may be being written
+        result["allocated"] = held([json.loads(line) for line in lines if line.endswith("\n")])
     manifest = None if run is None else run / "latest" / MANIFEST
     if manifest is not None and manifest.is_file():
         result["saved"] = json.loads(manifest.read_text())["step"]
