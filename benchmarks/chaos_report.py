@@ -113,6 +113,10 @@ def _soak_words(result: dict[str, Any]) -> tuple[str, str]:
         f"{memory['mib_last']:.0f} MiB; open files {handles[0]} in the first third, {handles[2]} in the last; time "
         f"of a step, last third to first, {step['ratio']:.2f}"
     )
+    if held := result.get("allocated"):
+        slope, error = (held["bytes"][name] / 2**10 for name in ("slope_per_hour", "standard_error"))
+        level = held["bytes"]["last"] / 2**20
+        found += f"; allocated and not freed {slope:+.0f} ± {error:.0f} KiB an hour at {level:.0f} MiB"
     return much, found
 
 

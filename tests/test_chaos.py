@@ -21,6 +21,7 @@ import chaos
 import chaos_atheris
 import chaos_faults
 import chaos_report
+import chaos_run
 import chaos_soak
 import chaos_targets
 from chaos_kill import flat
@@ -99,6 +100,21 @@ def test_a_process_is_looked_at_from_outside() -> None:
     assert after.handles == before.handles + 3 and before.anonymous > 2**20 and before.cpu > 0
     with pytest.raises(FileNotFoundError):
         chaos_soak.look(2**22 + 1, 0.0, 0)
+
+
+def test_what_is_held_is_counted_and_its_trend_told() -> None:
+    before = chaos_run.allocations()
+    kept = [torch.zeros(2**18), [object() for _ in range(1000)]]
+    after = chaos_run.allocations()
+    assert before is not None and after is not None and len(kept) == 2
+    assert 2**20 <= after["bytes"] - before["bytes"] < 2**21
+    assert 1000 <= after["blocks"] - before["blocks"] < 2000
+    rows = [{"seconds": 36.0 * n, "bytes": 1e6 + 1000 * n, "blocks": 500 + n % 2} for n in range(100)]
+    found = chaos_soak.held(rows)
+    assert found is not None and found["rows"] == 80  # the first fifth is left out
+    assert found["bytes"]["slope_per_hour"] == pytest.approx(1e5) and found["bytes"]["standard_error"] < 1
+    assert abs(found["blocks"]["slope_per_hour"]) < 2 * found["blocks"]["standard_error"] + 0.1
+    assert chaos_soak.held(rows[:10]) is None
 
 
 def test_states_are_equal_only_bit_for_bit() -> None:
