@@ -19,7 +19,7 @@ import draccus
 from vla_energy.distributed import RankError, start
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.flags import parse_flags
-from vla_energy.finetune.signals import RunStoppedError
+from vla_energy.finetune.signals import DivergedError, RunStoppedError
 
 
 def _known_fields(name: str) -> str:
@@ -67,7 +67,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command with --resume True goes on from the last checkpoint")
-    except (ValueError, OSError, ImportError, RankError, draccus.ParsingError) as error:
+    except (ValueError, OSError, ImportError, RankError, DivergedError, draccus.ParsingError) as error:
         if os.environ.get("VLA_ENERGY_TRACEBACK"):
             raise
         # draccus says where, the cause says why: our own messages name the values that are known.

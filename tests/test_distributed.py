@@ -32,8 +32,9 @@ from vla_energy.data import DatasetError, RldsDataset
 from vla_energy.distributed import ALONE, RankError, Ranks, start
 from vla_energy.finetune import checkpoints, sharding
 from vla_energy.finetune.config import FinetuneConfig, FlagError
+from vla_energy.finetune.policy_step import scale
 from vla_energy.finetune.setup import EMBEDDED_DATA
-from vla_energy.finetune.sharding import clip, is_shard
+from vla_energy.finetune.sharding import is_shard, sharded_norm
 from vla_energy.finetune.trainer import Trainer
 from vla_energy.pulse import Pulse
 
@@ -201,7 +202,7 @@ def _sharded_gradients(ranks: Ranks, runs: Path, data: Path, name: str, precisio
     trainer: Any = Trainer(_config(runs / name, ranks.world, **flags), ranks)
     found: dict[str, Any] = {}
 
-    def keep() -> None:
+    def keep(_: int) -> dict[str, Any]:
         plain = [p for p in trainer.parameters if not is_shard(p)]
         ranks.average_gradients(plain)
         shards = [p for p in trainer.parameters if is_shard(p)]
@@ -209,10 +210,14 @@ def _sharded_gradients(ranks: Ranks, runs: Path, data: Path, name: str, precisio
         found["kept"] = sum(p.to_local().numel() for p in shards)
         found["policy"] = _whole_gradients(trainer.parameters)
         found["norm"] = float(torch.cat([g.flatten() for g in found["policy"]]).norm())
-        clip(trainer.parameters, found["norm"] / 2, ranks)
+        gradients = [p.grad for p in trainer.parameters if p.grad is not None]
+        norm = sharded_norm(gradients, ranks)
+        assert float(norm) == pytest.approx(found["norm"], rel=1e-4)
+        scale(gradients, found["norm"] / 2 / norm)
         found["clipped"] = float(torch.cat([g.flatten() for g in _whole_gradients(trainer.parameters)]).norm())
+        return {}
 
-    trainer._step_policy = keep
+    trainer.policy_step.take = keep
     real = trainer.training.step
 
     def step(*args: Any) -> None:
@@ -293,32 +298,37 @@ def test_sharding_that_cannot_be_is_told(tmp_path: Path, monkeypatch: pytest.Mon
         sharding.shard(load_openvla(EMBEDDED_VLA), Ranks(0, 2), "fp32")
 
 
-def _poisoned(ranks: Ranks, runs: Path) -> tuple[list[Any], bool]:
-    """Three steps, in the second of which the last rank's contexts are NaN."""
+def _poisoned(ranks: Ranks, runs: Path, what: str) -> tuple[list[Any], bool]:
+    """Three steps, in the second of which the last rank's contexts, or its robot's state, are NaN."""
     trainer: Any = Trainer(_config(runs, ranks.world, max_steps=3), ranks)
     forward, weights, skipped = trainer._forward_policy, [], []
 
-    def poison(*args: Any) -> Any:
-        output = forward(*args)
-        assert output is not None
+    def poison(batch: Any, *args: Any) -> Any:
         broken = trainer.step == 1 and ranks.rank == ranks.world - 1
-        return dataclasses.replace(output, context=torch.full_like(output.context, torch.nan)) if broken else output
+        if broken and what == "state":
+            batch["proprio"][0, 0] = torch.nan
+        output = forward(batch, *args)
+        assert output is not None
+        lost = broken and what == "context"
+        return dataclasses.replace(output, context=torch.full_like(output.context, torch.nan)) if lost else output
 
     trainer._forward_policy = poison
     shard = (ranks.rank, ranks.world)
     batches = trainer.job.train.batches(trainer.config.batch_size, shard=shard)
     for trainer.step in range(3):
-        skipped.append(float(trainer.train_step(batches)["energy/skipped"]))
-        weights.append({name: value for name, value in _weights(trainer).items() if name.startswith("head.")})
+        metrics = trainer.train_step(batches)
+        skipped.append([float(metrics[f"{part}/skipped"]) for part in ("energy", "train")])
+        own = "" if what == "state" else "head."  # a NaN in the state is in the policy's gradient, too
+        weights.append({name: value.clone() for name, value in _weights(trainer).items() if name.startswith(own)})
     same = all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     return [skipped, same, weights[2]], all(bool(value.isfinite().all()) for value in weights[2].values())
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_a_nan_on_one_rank_makes_all_skip(tmp_path: Path, world: int) -> None:
-    found = results(world, _poisoned, tmp_path, tmp_path)
+@pytest.mark.parametrize(("world", "what"), [(2, "context"), (4, "context"), (2, "state")])
+def test_a_nan_on_one_rank_makes_all_skip(tmp_path: Path, world: int, what: str) -> None:
+    found = results(world, _poisoned, tmp_path, tmp_path, what)
     for (skipped, unchanged, weights), finite in found:
-        assert skipped == [0.0, 1.0, 0.0] and unchanged and finite
+        assert skipped == [[0.0, 0.0], [1.0, float(what == "state")], [0.0, 0.0]] and unchanged and finite
         assert all(torch.equal(value, weights[name]) for name, value in found[0][0][2].items())
 
 

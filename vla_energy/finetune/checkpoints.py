@@ -61,10 +61,12 @@ def save(trainer: Trainer) -> Path:
     """Writes the checkpoint beside its place, with checksums, and moves it there whole; an older one goes only then.
 
     Raises:
-        CheckpointError: the system refused (disk full, no permission); earlier checkpoints are as they were.
+        CheckpointError: the system refused (disk full, no permission), or weights are not finite; earlier checkpoints
+            are as they were.
     """
     config = trainer.config
     target = folder_of(config, trainer.step)
+    _check_finite(trainer, target)
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -82,6 +84,19 @@ def save(trainer: Trainer) -> Path:
         ) from error
     drop_old(config, target)
     return target
+
+
+def _check_finite(trainer: Trainer, target: Path) -> None:
+    """A checkpoint that is good for nothing must not take the place of the last good one."""
+    named = {f"policy: {name}": p for name, p in trainer.job.vla.named_parameters() if p.requires_grad}
+    if trainer.head is not None:
+        named |= {f"head: {name}": p for name, p in trainer.head.named_parameters()}
+    lost = [name for name, parameter in named.items() if not bool(parameter.isfinite().all())]
+    if lost:
+        raise CheckpointError(
+            f"{target} was not written: {len(lost)} of {len(named)} trained weights are not finite ({lost[0]}): the "
+            "run has diverged. Earlier checkpoints are intact; a lower learning rate may keep it from that"
+        )
 
 
 def _of_the_disk(error: RuntimeError) -> bool:

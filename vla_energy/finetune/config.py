@@ -3,6 +3,7 @@
 No `from __future__ import annotations` here: draccus reads the field types at run time.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -140,12 +141,19 @@ class FinetuneConfig:
         if self.lr_schedule not in ("step", "cosine"):
             raise FlagError(f"--lr_schedule {self.lr_schedule}: known are step, cosine")
         counts = ("batch_size", "grad_accumulation_steps", "max_steps", "val_freq", "save_freq", "wandb_log_freq")
-        for flag in (*counts, "data_threads"):
+        for flag in (*counts, "data_threads", "shuffle_buffer_size"):
             if getattr(self, flag) < 1:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be 1 or more")
         for flag in ("learning_rate", "energy_learning_rate", "lora_rank", "num_images_in_input", "val_time_limit"):
-            if not getattr(self, flag) > 0:
-                raise FlagError(f"--{flag} {getattr(self, flag)}: must be above 0")
+            if not 0 < getattr(self, flag) < math.inf:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be above 0, and finite")
+        for flag in ("learning_rate", "energy_learning_rate"):
+            if getattr(self, flag) > 1:
+                raise FlagError(f"--{flag} {getattr(self, flag)}: must be 1 or less; 5e-4 is usual")
+        if not 0 <= self.lora_dropout < 1:
+            raise FlagError(f"--lora_dropout {self.lora_dropout}: must be 0 or more, and below 1")
+        if not 0 <= self.seed < 2**32:
+            raise FlagError(f"--seed {self.seed}: must be 0 or more, and below 2**32")
         not_negative = ("horizon", "lr_warmup_steps", "energy_warm_steps", "max_grad_norm", "num_steps_before_decay")
         for flag in (*not_negative, "keep_checkpoints", "check_ranks_every"):
             if not getattr(self, flag) >= 0:

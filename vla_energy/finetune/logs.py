@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
 import math
 import os
 from dataclasses import asdict
+from pathlib import Path
+from typing import IO
 
 from vla_energy.checkpoint import CheckpointError, atomic_write
-from vla_energy.finetune.config import FinetuneConfig
+from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.trackers import Guarded, wanted_trackers
 from vla_energy.results import SETTINGS, versions
+
+logger = logging.getLogger(__name__)
+
+_LOCK = ".lock"
 
 
 class MetricLog:
@@ -21,17 +29,19 @@ class MetricLog:
         step: rows after this step are dropped from an existing `metrics.jsonl`, as a resumed run writes them anew.
 
     Raises:
-        FlagError: W&B or Trackio is asked for and not installed.
+        FlagError: W&B or Trackio is asked for and not installed, or another process writes to the run's folder.
         CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written.
     """
 
     def __init__(self, config: FinetuneConfig, step: int) -> None:
-        self._path = config.run_dir / "metrics.jsonl"
+        self._path, self._every = config.run_dir / "metrics.jsonl", config.wandb_log_freq
         settings = {"flags": asdict(config), "versions": versions()}
         wanted = wanted_trackers(config, settings, step)  # raises before anything is written
+        self._lock = _lock(config.run_dir / _LOCK)
         kept = self._kept(step) if config.resume else []
         # Whole or not at all: a kill while this is written must not lose the rows of the steps before.
         atomic_write(self._path, lambda file: file.write(b"".join(row + b"\n" for row in kept)))
+        self._tell_hole(kept, step)
         text = json.dumps(settings, indent=1, default=str) + "\n"
         atomic_write(config.run_dir / SETTINGS, lambda file: file.write(text.encode()))
         self._trackers = [Guarded(name, start, config.run_dir) for name, start in wanted.items()]
@@ -54,6 +64,15 @@ class MetricLog:
                     ) from error
         return kept
 
+    def _tell_hole(self, kept: list[bytes], step: int) -> None:
+        """An earlier resume may have cut rows of steps that are gone on from now."""
+        last = int(json.loads(kept[-1])["step"]) if kept else 0
+        if last + self._every <= step:
+            logger.warning(
+                "%s ends at step %d and the run goes on from step %d: the rows between were cut, when an earlier "
+                "checkpoint was resumed", self._path, last, step,
+            )  # fmt: skip
+
     def sync(self) -> None:
         """Makes the rows durable, before a checkpoint says that their steps were taken."""
         with self._path.open("ab") as file:
@@ -65,11 +84,49 @@ class MetricLog:
     def __exit__(self, *_: object) -> None:
         for tracker in self._trackers:
             tracker.close()
+        self._lock.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One row; values that are not finite become null in the file, as JSON has no NaN."""
+        """One row; values that are not finite become null in the file, as JSON has no NaN.
+
+        Raises:
+            CheckpointError: it cannot be written; what was saved before is whole.
+        """
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **finite}) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"step {step}: {self._path} cannot be written ({error}); the checkpoints are intact: make room, then "
+                "the same command with --resume True goes on from the last one"
+            ) from error
         for tracker in self._trackers:
             tracker.log(metrics, step)
+
+
+def _lock(path: Path) -> IO[str]:
+    """Holds a run's folder until the file is closed, or the process ends in whatever way.
+
+    Two that write there would mix their rows, and the files of their checkpoints.
+
+    Raises:
+        FlagError: another process holds it.
+    """
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise FlagError(
+            f"{path.parent} is being written by another process (PID {holder}): end that one first, or name another "
+            "run by --run_id_override"
+        ) from None
+    except OSError as error:  # some network drives have no locks
+        logger.warning("%s cannot be locked (%s): see that no other process trains there", path.parent, error)
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file

@@ -10,7 +10,7 @@ shards before, see `whole` and `gathered`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -110,24 +110,14 @@ def write(parameter: Tensor, value: Tensor) -> None:
     parameter.copy_(_like(parameter, value))
 
 
-def clip(parameters: Iterable[Tensor], max_norm: float, ranks: Ranks) -> None:
-    """`clip_grad_norm_` over whole and sharded gradients; all ranks call it, their whole gradients being equal.
-
-    Raises:
-        RuntimeError: the norm is not finite.
-    """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def sharded_norm(gradients: Sequence[Tensor], ranks: Ranks) -> Tensor:
+    """`()`: the norm of whole and sharded gradients together; all ranks call it, their whole gradients being equal."""
     local = [gradient.to_local() if is_shard(gradient) else gradient for gradient in gradients]  # pyright: ignore
     squares = [part.float().square().sum() for part in local]
     zero = torch.zeros((), device=local[0].device)
     apart = sum((square for square, grad in zip(squares, gradients, strict=True) if is_shard(grad)), zero)
     own = sum((square for square, grad in zip(squares, gradients, strict=True) if not is_shard(grad)), zero)
-    norm = (own + ranks.sum(apart)).sqrt()
-    if not norm.isfinite():
-        raise RuntimeError(f"the policy's gradient has the norm {float(norm)}: --max_grad_norm cannot clip it")
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for part in local:
-        part.mul_(factor)
+    return (own + ranks.sum(apart)).sqrt()
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict[str, Any]:

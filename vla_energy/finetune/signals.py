@@ -1,4 +1,7 @@
-"""SIGTERM and SIGINT: the step under way is finished and saved, then the run ends; a second signal ends it at once."""
+"""What ends a run before its last step.
+
+SIGTERM and SIGINT: the step under way is finished and saved, then the run ends; a second signal ends it at once.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ class RunStoppedError(KeyboardInterrupt):
         name = signal.Signals(number).name
         super().__init__(f"{name}: stopped and saved {saved}; the same command with --resume True goes on from there")
         self.exit_code = 128 + number
+
+
+class DivergedError(ArithmeticError):
+    """The policy's gradient is not finite any more; nothing was saved of it."""
 
 
 class StopSignals:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +21,7 @@ from vla_energy.finetune.diffusion import draw_noise, noise_loss, observe, say_s
 from vla_energy.finetune.energy import HeadTraining, check_head_sources, l1_metrics, load_memory, retrieve
 from vla_energy.finetune.evaluate import evaluate
 from vla_energy.finetune.logs import MetricLog
+from vla_energy.finetune.policy_step import PolicyStep
 from vla_energy.finetune.rollouts import RolloutStream
 from vla_energy.finetune.setup import (
     Batch,
@@ -33,7 +33,7 @@ from vla_energy.finetune.setup import (
     prepare,
     vla_folder,
 )
-from vla_energy.finetune.sharding import clip, gathered, is_shard, optimizer_state, whole
+from vla_energy.finetune.sharding import gathered, optimizer_state, whole
 from vla_energy.finetune.signals import RunStoppedError, StopSignals
 from vla_energy.outcomes import RolloutFrames
 
@@ -73,6 +73,9 @@ class Trainer:
         self.optimizer = (
             torch.optim.AdamW(self.parameters, lr=config.learning_rate, **how) if self.trains_policy else None
         )
+        self.policy_step = (
+            None if self.optimizer is None else PolicyStep(self.optimizer, self.parameters, config, ranks)
+        )
         self._gathered: dict[str, Any] | None = None  # the sharded optimiser's state, while rank 0 may save it
         self.head = self.guard = self.objective = self.monitor = None
         self.gate: dict[str, Any] | None = None  # of the last validation; its margin goes into the head's file
@@ -99,6 +102,7 @@ class Trainer:
         Raises:
             RunStoppedError: SIGINT or SIGTERM came; the step was finished and saved, and its validation left out.
             CheckpointError: a checkpoint cannot be written; those before are intact.
+            DivergedError: the policy's gradient is not finite any more.
         """
         config, ranks = self.config, self.ranks
         results: dict[str, Any] = {}
@@ -225,8 +229,8 @@ class Trainer:
             with self.ranks.own_randomness(self.config.seed, self.step, micro, 1):
                 seen = self._backward_energy(output, batch, raw["episode"], metrics, frames)
             metrics["energy/ms"] = 1e3 * (time.perf_counter() - started)  # of the host's time: a GPU works on behind it
-        if self.optimizer is not None:
-            self._step_policy()
+        if self.policy_step is not None:
+            metrics.update(self.policy_step.take(self.step))
         if self.training is not None:
             self.training.step(self.step, seen, metrics)
         return metrics
@@ -303,27 +307,3 @@ class Trainer:
         temperature = config.candidates.sample_temperature
         drawing = (temperature, self.generator, vla.action_dim, vla.config, self.ranks)
         return sample_chunks(output.token_logits, count, *drawing)
-
-    def _step_policy(self) -> None:
-        config, optimizer = self.config, self.optimizer
-        assert optimizer is not None
-        self.ranks.average_gradients(p for p in self.parameters if not is_shard(p))  # FSDP averages those of shards
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * rate_factor(config, self.step)
-        if config.max_grad_norm:
-            if config.fsdp:
-                clip(self.parameters, config.max_grad_norm, self.ranks)
-            else:
-                torch.nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm, error_if_nonfinite=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def rate_factor(config: FinetuneConfig, step: int) -> float:
-    """Factor of the policy's learning rate at a step: warm-up from a tenth, then the host's schedule or a cosine."""
-    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
-    if config.lr_schedule == "cosine":
-        decay = 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, step / config.max_steps)))
-    else:
-        decay = 0.1 if step >= config.num_steps_before_decay else 1.0
-    return (0.1 + 0.9 * warm) * decay
