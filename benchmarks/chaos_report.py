@@ -76,7 +76,8 @@ def _faults(name: str, result: dict[str, Any]) -> str:
 def _faults_words(result: dict[str, Any]) -> tuple[str, str]:
     injected = result["injected"]
     skipped = sum(count for answers in result["answers"].values() for why, count in answers.items() if why != "step")
-    much = f"{result['steps']:,} head steps with {sum(injected.values()):,} faults of {len(injected)} kinds"
+    much = f"{result['steps']:,} head steps with {sum(injected.values()):,} faults of "
+    much += f"{sum(count > 0 for count in injected.values())} kinds"
     ranking = "; ".join(
         f"{measure} {entry['difference']:+.4f} to the runs without faults (noise {entry['noise']:.4f})"
         for measure, entry in result["ranking"].items()

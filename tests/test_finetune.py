@@ -18,7 +18,7 @@ from rollouts_fixture import NAME, write_rollouts
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, StatisticsError
-from vla_energy.backbones import CheckpointFolderError, load_openvla
+from vla_energy.backbones import CheckpointFolderError, load_openvla, weights
 from vla_energy.backbones.tiny import EMBEDDED as TINY
 from vla_energy.backbones.tiny import write_random_start
 from vla_energy.checkpoint import CheckpointError, load_head
@@ -264,6 +264,13 @@ NO_SHUFFLE = EnergyConfig(loss=LossConfig(margin=1.0, margin_sources=("shuffle",
         ({"precision": "fp8"}, FlagError, "bf16, fp32"),
         ({"max_steps": 0}, FlagError, "max_steps"),
         ({"horizon": -1}, FlagError, "horizon"),
+        ({"learning_rate": math.inf}, FlagError, "--learning_rate inf: must be above 0, and finite"),
+        ({"energy_learning_rate": 1e30}, FlagError, r"--energy_learning_rate 1e\+30: must be 1 or less"),
+        ({"lora_dropout": math.nan}, FlagError, "--lora_dropout nan: must be 0 or more"),
+        ({"shuffle_buffer_size": 0}, FlagError, "--shuffle_buffer_size 0: must be 1 or more"),
+        ({"seed": 10**23}, FlagError, "--seed 1.*: must be 0 or more, and below 2"),
+        ({"device": "meta"}, FlagError, "--device meta: "),
+        ({"device": "cuda:77"}, FlagError, "--device cuda:77: "),
         ({"horizon": 4000}, FlagError, "positions hold chunks of at most"),
         ({"dataset_name": "metaworld_nothing"}, DatasetError, "metaworld_demo"),
         ({"dataset_name": "unknown"}, DatasetError, "known"),
@@ -405,6 +412,14 @@ def test_a_row_that_cannot_be_written_is_told_with_its_file(tiny_folder: Path, t
         log._path = Path("/dev/full")
         with pytest.raises(CheckpointError, match=r"step 7: /dev/full cannot be written .*make room, then"):
             log.write(7, {"train/l1": 0.5})
+
+
+def test_a_policy_that_is_not_finite_is_not_loaded(tiny_folder: Path) -> None:
+    vla = load_openvla(tiny_folder)
+    state = vla.action_head.state_dict()
+    state["model.fc2.bias"] = torch.full_like(state["model.fc2.bias"], torch.nan)
+    with pytest.raises(CheckpointFolderError, match=r"here: weights do not fit: model\.fc2\.bias is not finite"):
+        weights.fill(vla.action_head, state, "here")
 
 
 def test_missing_components_are_told(tiny_folder: Path, tmp_path: Path) -> None:

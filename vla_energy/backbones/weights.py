@@ -128,7 +128,7 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Strict load; complains with names, and never leaves a weight at its random value.
 
     Raises:
-        CheckpointFolderError: names or shapes do not fit.
+        CheckpointFolderError: names or shapes do not fit, or a weight is not finite.
     """
     own = module.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
@@ -138,6 +138,8 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    # One that is not finite makes every action NaN, and says nothing.
+    problems += [f"{key} is not finite" for key in own if key in state and not bool(state[key].isfinite().all())]
     if problems:
         shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointFolderError(f"{where}: weights do not fit: {shown}")

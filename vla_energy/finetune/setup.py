@@ -199,6 +199,8 @@ def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise FlagError(f"--device {name}: {error}") from error
+        device = torch.device(name)
+        torch.ones(1, device=device).tolist()  # "meta" holds no numbers, a GPU's number may be too high
+    except (RuntimeError, AssertionError) as error:  # the second where torch was built without CUDA
+        raise FlagError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
