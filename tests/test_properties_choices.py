@@ -165,6 +165,7 @@ def test_a_refined_chunk_is_lower_and_near_or_the_policys_bit_for_bit(
     assert same_bits(result.actions[~taken], policy[~taken])
     finite = policy.isfinite().all(2).all(1) & result.energy_policy.isfinite()
     assert not bool((taken & ~finite).any()) and bool(result.moved.isfinite().all())
+    assert bool(result.energy_lowest[taken].isfinite().all()) and not bool(result.unscored[0] & (poison != 0.5))
     assert bool((result.energy_lowest[finite] <= result.energy_policy[finite]).all())
     assert bool((result.energy_policy - result.energy_lowest > margin)[taken].all())
     torch.testing.assert_close(energy(result.actions[:, None])[:, 0][taken], result.energy_lowest[taken])
