@@ -215,7 +215,8 @@ class Reranker:
         Raises:
             TypeError, ValueError: as `rerank`.
             CompatibilityError: H, A or D is not the head's.
-            EnergyError: where `strict`, the energy of a policy's chunk is not finite. Else that row keeps the chunk.
+            EnergyError: where `strict`, the energy of a finite chunk is not finite. Else a row keeps the policy's chunk
+                where that is the policy's own, and chooses among the others where it is another's.
         """
         _check_candidates(candidates)
         if context.ndim != 3 or len(context) != len(candidates):
@@ -236,7 +237,7 @@ class Reranker:
             reference = candidates[:, 0].float().masked_fill(~finite[:, 0, None, None], math.nan)
             encoded = self.head.encode(context, context_mask, reference)
             result = rerank(lambda actions: self.head(encoded, actions), candidates, margin, prior)
-        check_energies((finite & ~result.energies.isfinite())[:, :1], self.fallback, "rerank")
+        check_energies(finite & ~result.energies.isfinite(), self.fallback, "rerank")
         self._count(finite, result)
         return result
 
