@@ -73,6 +73,28 @@ def test_a_head_without_numbers_is_no_shut_gate(caplog: pytest.LogCaptureFixture
     _reranker(strict=True)(context.nan_to_num(), mask, candidates)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("columns", [slice(1, None), slice(2, 4)])
+def test_a_head_with_numbers_for_some_chunks_says_so_and_chooses_among_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, value: float, columns: slice
+) -> None:
+    """Finite for the policy's own chunk alone: nothing is chosen, which must not pass for a gate that stays shut."""
+    context, mask, candidates = torch.randn(3, 4, 6), torch.ones(3, 4, dtype=torch.bool), torch.randn(3, 5, 2, 3)
+    energies = torch.arange(5, 0, -1.0).repeat(3, 1)
+    energies[1:, columns] = value
+    monkeypatch.setattr(EnergyHead, "forward", lambda self, *args: energies.clone())
+    reranker = _reranker(strict=False)
+    result = reranker(context, mask, candidates)
+    left = 0 if columns.stop is None else 4
+    assert result.index.tolist() == [4, left, left] and (result.energies[1:, columns] == torch.inf).all()
+    assert reranker.fallback.counts == {"EnergyError": 1}, "once a call"
+    assert "another chunk than the policy's own is not finite (row 1)" in caplog.text and "left out" in caplog.text
+    with pytest.raises(EnergyError, match=r"another chunk .* \(row 1\)"):
+        _reranker(strict=True)(context, mask, candidates)
+    candidates[1:, columns] = torch.nan  # no number is expected for a chunk that is none
+    _reranker(strict=True)(context, mask, candidates)
+
+
 @pytest.fixture(scope="module")
 def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, statistics: Any) -> Path:
     """The tiny policy with a head whose gate is open."""
@@ -141,6 +163,26 @@ def test_a_policy_with_a_broken_head_says_so(folder: Path, monkeypatch: pytest.M
     assert all(decision.telemetry == {"fallback": 1.0} for decision in decisions)
     assert all(np.array_equal(a.actions.values, b.actions.values) for a, b in zip(expected, decisions, strict=True))
     with pytest.raises(EnergyError, match="own chunk"):
+        strict.act(_requests(), arm)
+
+
+@pytest.mark.parametrize("arm", ["rerank", "replan"])
+def test_a_policy_whose_head_knows_its_own_chunk_alone_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arm: str
+) -> None:
+    strict, policy = (CheckpointPolicy(folder, strict=strict) for strict in (True, False))
+    expected, forward = policy.act(_requests(), "policy"), EnergyHead.forward
+
+    def partly(self: EnergyHead, *args: Any) -> torch.Tensor:
+        energies = forward(self, *args)
+        return energies.masked_fill(torch.arange(energies.shape[1]) > 0, torch.nan)
+
+    monkeypatch.setattr(EnergyHead, "forward", partly)
+    decisions = policy.act(_requests(), arm)
+    assert policy.fallback.counts == {"EnergyError": 1}
+    assert all(decision.telemetry == {"fallback": 1.0} for decision in decisions)
+    assert all(np.array_equal(a.actions.values, b.actions.values) for a, b in zip(expected, decisions, strict=True))
+    with pytest.raises(EnergyError, match="another chunk"):
         strict.act(_requests(), arm)
 
 

@@ -23,13 +23,16 @@ from vla_energy.config import CandidatesConfig, EnergyConfig, HeadConfig, Refine
 from vla_energy.head import EnergyHead
 from vla_energy.memory import ChunkMemory, MemoryBatch
 from vla_energy.modes import Advisor, Frame, Plan, replan
-from vla_energy.rerank import Reranker
+from vla_energy.rerank import EnergyError, Reranker
 from vla_energy.rollout.interface import ARMS, Decision, check_arms
 from vla_energy.rollout.run import run_rollouts
 
 B, S, D, L, H, A = 4, 5, 16, 4, 8, 2
 FRAMES, PER_EPISODE = 40, 5
 MODES = ("rerank", "refine", "retrieve", BOTH)
+
+
+BROKEN = [math.nan, math.inf, -math.inf]
 
 
 class Bowl(nn.Module):
@@ -42,6 +45,18 @@ class Bowl(nn.Module):
 
     def forward(self, encoded: Any, actions: Tensor) -> Tensor:
         return 10 * (actions - encoded).square().mean((2, 3))
+
+
+class Pit(Bowl):
+    """A bowl with no number below `edge`; -inf there looks like the best there is."""
+
+    def __init__(self, value: float, edge: float) -> None:
+        super().__init__()
+        self.value, self.edge = value, edge
+
+    def forward(self, encoded: Any, actions: Tensor) -> Tensor:
+        energies = super().forward(encoded, actions)
+        return torch.where(energies < self.edge, self.value + 0 * energies, energies)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -304,6 +319,22 @@ def test_refine_descends_by_what_it_says_and_inside_its_box() -> None:
     assert 0.1 < (proposal.actions - frame.policy).abs().max() <= 0.2 + 1e-6
 
 
+@pytest.mark.parametrize("value", BROKEN)
+def test_refine_tells_of_energies_that_are_not_finite_and_takes_none(value: float) -> None:
+    frame = _frame(4)
+    own = Bowl()(Bowl().encode(frame.context, frame.context_mask, frame.policy), frame.policy[:, None])
+    head, settings = Pit(value, float(own.min()) - 0.5), RefineConfig(radius=0.5, num_steps=30)
+    reranker = _reranker(head=head, refine=settings)
+    proposal = Advisor(reranker, gripper_dims=()).propose("refine", frame, [])
+    assert proposal.gain.isfinite().all() and proposal.gain.max() > 0 and proposal.actions.isfinite().all()
+    assert reranker.fallback.counts == {"EnergyError": 1}
+    strict = Reranker(head, None, EnergyConfig(refine=settings), 0.0, strict=True)
+    with pytest.raises(EnergyError, match=r"another chunk than the policy's own is not finite \(row \d\)"):
+        Advisor(strict, gripper_dims=()).propose("refine", frame, [])
+    frame.policy[:] = math.nan  # a chunk that is none has no energy
+    Advisor(strict, gripper_dims=()).propose("refine", frame, [])
+
+
 def test_refine_runs_in_inference_mode_and_leaves_the_head_as_it_was() -> None:
     head = _head()
     advisor = _advisor(head=head, refine=RefineConfig(radius=0.3))
@@ -446,6 +477,25 @@ def test_replanned_rows_do_not_see_each_other_and_nan_takes_the_new_chunk() -> N
     assert torch.equal(new[3].chunk, frame.policy[3])
     with pytest.raises(ValueError):
         replan(_replanner(), frame, plans[:2], executed[:2])
+
+
+@pytest.mark.parametrize("value", BROKEN)
+def test_a_rest_whose_energy_is_not_finite_is_dropped_and_told(value: float) -> None:
+    frame = _frame(1, 1)
+    plan = Plan(_under_way(frame, 4, 0.0), 2)
+    settings = ReplanConfig(margin=0.5)
+    energies = Bowl()(Bowl().encode(frame.context, frame.context_mask, frame.policy), frame.policy[:, None])
+    head = Pit(value, float(energies) - 0.5)
+    reranker = _reranker(head=head, replan=settings)
+    (new,), rise = replan(reranker, frame, [plan], [4])
+    assert rise.isnan().all() and torch.equal(new.chunk, frame.policy[0])
+    assert reranker.fallback.counts == {"EnergyError": 1}
+    strict = Reranker(head, None, EnergyConfig(replan=settings), strict=True)
+    with pytest.raises(EnergyError, match="another chunk"):
+        replan(strict, frame, [plan], [4])
+    broken = Plan(torch.full((H, A), math.nan), 2)
+    (new,), _ = replan(strict, frame, [broken], [4])
+    assert torch.equal(new.chunk, frame.policy[0]), "a chunk that is none has no energy"
 
 
 def test_replanning_needs_no_gradient_and_no_dropout() -> None:

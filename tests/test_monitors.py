@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vla_energy.config import EnergyConfig, RerankConfig
-from vla_energy.measures import chunk_distance, spearman, win_rate
+from vla_energy.measures import chunk_distance, spearman, success_auc, win_rate
 from vla_energy.monitors import _negatives, evaluate_ranking, rerank_l1
 
 B, S, D, L, H, A = 6, 3, 12, 5, 4, 3
@@ -32,7 +32,6 @@ def test_spearman_equals_the_naive_twin_with_ties() -> None:
     energies = torch.randint(0, 5, (20, 9), generator=generator).float()
     distances = torch.randint(0, 6, (20, 9), generator=generator).float()
     energies[0] = 1.0
-    energies[1, 3] = math.inf
     expected = [_naive_spearman(e, d) for e, d in zip(energies.tolist(), distances.tolist(), strict=True)]
     assert float(spearman(energies, distances)) == pytest.approx(sum(expected) / len(expected))
 
@@ -42,16 +41,32 @@ def test_spearman_of_known_orders() -> None:
     assert float(spearman(ascending, ascending.square())) == pytest.approx(1)
     assert float(spearman(ascending, -ascending)) == pytest.approx(-1)
     assert float(spearman(torch.zeros(2, 6), ascending)) == 0
-    assert math.isnan(float(spearman(ascending * math.nan, ascending)))
+    for broken in (math.nan, math.inf, -math.inf):
+        energies = ascending.clone()
+        energies[1, 5] = broken
+        assert math.isnan(float(spearman(energies, ascending))) and math.isnan(float(spearman(ascending, energies)))
 
 
 def test_win_rate_counts_valid_negatives_and_halves_ties() -> None:
-    energies = torch.tensor([[1.0, 2.0, 0.0, 1.0], [5.0, 6.0, 7.0, math.nan]])
+    energies = torch.tensor([[1.0, 2.0, 0.0, 1.0], [5.0, 6.0, 7.0, 4.0]])
     every = torch.ones(2, 4, dtype=torch.bool)
     assert float(win_rate(energies, every)) == pytest.approx((1 + 0 + 0.5 + 1 + 1 + 0) / 6)
     valid = torch.tensor([[False, True, False, False], [True, True, True, False]])
     assert float(win_rate(energies, valid)) == 1
     assert math.isnan(float(win_rate(energies, ~every)))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 2])
+def test_an_energy_that_is_not_finite_wins_nothing(broken: float, place: int) -> None:
+    energies, valid = torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]]), torch.ones(2, 3, dtype=torch.bool)
+    energies[1, place] = broken
+    assert math.isnan(float(win_rate(energies, valid)))
+    valid[1, 1:] = False
+    assert float(win_rate(energies, valid)) == 1, "it is part of no pair"
+    solved = torch.tensor([True, False, False])
+    assert math.isnan(float(success_auc(energies[1], solved, solved | True)))
+    assert float(success_auc(energies[1], solved, torch.arange(3) != place)) == (0.5 if place == 0 else 1)
 
 
 def test_rerank_l1_and_chunk_distance() -> None:
@@ -94,6 +109,28 @@ class Distance(nn.Module):
     def forward(self, encoded: Any, actions: Tensor) -> Tensor:
         assert not self.training
         return self.sign * chunk_distance(actions, encoded)
+
+
+class Holes(Distance):
+    """A perfect head, but `broken` for the expert's chunk, or for every other."""
+
+    def __init__(self, broken: float, expert: bool) -> None:
+        super().__init__()
+        self.broken, self.expert = broken, expert
+
+    def forward(self, encoded: Any, actions: Tensor) -> Tensor:
+        energies = super().forward(encoded, actions)
+        return energies.masked_fill((energies == 0) == self.expert, self.broken)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("expert", [True, False])
+def test_a_head_without_numbers_is_no_perfect_ranking(broken: float, expert: bool) -> None:
+    energy: Any = evaluate_ranking(Holes(broken, expert), _batches(), EnergyConfig(), torch.Generator()).metrics[
+        "energy"
+    ]
+    assert all(math.isnan(rate) for rate in energy["win_rate"].values()) and energy["win_rate"]
+    assert energy["nonfinite"] > 0 and math.isnan(energy["spearman"])
 
 
 def _batches(count: int = 3) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from vla_energy.head import EnergyHead, HeadOutput
 from vla_energy.health import HealthWatch
 from vla_energy.objective import EnergyObjective
 from vla_energy.sources import ActionTraits, build_negatives
+from vla_energy.training_metrics import energy_metrics
 
 S, D, H, A = 6, 16, 4, 3
 
@@ -159,6 +161,32 @@ def test_a_perfect_energy_has_perfect_metrics() -> None:
     assert metrics["energy/spearman"] == pytest.approx(1)
     assert metrics["energy/positive"] == 0
     assert metrics["energy/gap"] > 0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_an_energy_that_is_not_finite_is_no_success(broken: float) -> None:
+    _, _, expert, layer_actions = batch(4, generator())
+    config = EnergyConfig()
+    negatives = build_negatives(config.negatives, expert, layer_actions[:, -1], layer_actions, generator())
+    energies = torch.cat([torch.zeros(4, 1), 1 + negatives.distances], 1)
+    rates = [f"energy/win_rate/{name}" for name in negatives.sources if name not in negatives.empty]
+
+    def metrics(row: int, column: int) -> dict[str, float]:
+        changed = energies.clone()
+        changed[row, column] = broken
+        found = energy_metrics(HeadOutput(changed, (), 1.0), negatives, config)  # type: ignore[arg-type]
+        return {name: float(found[name]) for name in ("energy/top1", *rates)}
+
+    assert all(math.isnan(value) for value in metrics(2, 0).values()), "the expert's energy is part of every pair"
+    source, columns = next(iter(negatives.sources.items()))
+    found = metrics(1, 1 + int(negatives.valid[1, columns].int().argmax()) + columns.start)
+    assert math.isnan(found["energy/top1"]) and math.isnan(found[f"energy/win_rate/{source}"])
+    apart = [
+        name for name, other in negatives.sources.items() if other.start >= columns.stop and name not in negatives.empty
+    ]
+    assert apart and all(found[f"energy/win_rate/{name}"] == 1 for name in apart), "the other sources are known"
+    negatives.valid[1, columns] = False
+    assert set(metrics(1, 1 + columns.start).values()) == {1.0}, "what is not compared changes nothing"
 
 
 def changed(**loss: object) -> EnergyConfig:

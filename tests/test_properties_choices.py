@@ -114,8 +114,8 @@ def test_the_choice_is_a_candidate_bit_for_bit_and_never_one_that_is_not_finite(
         plain = rerank(lambda _: table, candidates, margin)
         assert torch.equal(plain.index, result.index) and torch.equal(plain.energies, result.energies)
         counted = (reranker.counters["decisions"], reranker.counters["accepted"], reranker.fallback.total)
-        broken = bool(candidates[:, 0].isfinite().all()) and not bool(table[:, 0].isfinite().all())
-        assert counted == (1, int(result.accepted), int(broken)), "no number for the policy's own chunk is a failure"
+        broken = bool((candidates.flatten(2).isfinite().all(2) & ~table.isfinite()).any())
+        assert counted == (1, int(result.accepted), int(broken)), "no number for a finite chunk is a failure"
         return result
 
     result = choose(table, candidates)
@@ -165,6 +165,7 @@ def test_a_refined_chunk_is_lower_and_near_or_the_policys_bit_for_bit(
     assert same_bits(result.actions[~taken], policy[~taken])
     finite = policy.isfinite().all(2).all(1) & result.energy_policy.isfinite()
     assert not bool((taken & ~finite).any()) and bool(result.moved.isfinite().all())
+    assert bool(result.energy_lowest[taken].isfinite().all()) and not bool(result.unscored[0] & (poison != 0.5))
     assert bool((result.energy_lowest[finite] <= result.energy_policy[finite]).all())
     assert bool((result.energy_policy - result.energy_lowest > margin)[taken].all())
     torch.testing.assert_close(energy(result.actions[:, None])[:, 0][taken], result.energy_lowest[taken])

@@ -113,6 +113,34 @@ def test_rows_that_are_not_finite_stay_and_spoil_no_other() -> None:
     assert torch.equal(nothing.actions, policy) and not nothing.accepted.any()
 
 
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("gripper_values", [(), (0.9,)])
+def test_an_energy_that_is_not_finite_is_never_the_lowest_and_told(
+    broken: float, gripper_values: tuple[float, ...]
+) -> None:
+    policy, low = chunks(0), chunks(1)
+    policy[2, 0, 0] = math.nan
+
+    def only_the_policys(actions: Tensor) -> Tensor:
+        same = (actions == policy[:, None].nan_to_num(nan=0.0)).flatten(2).all(2)
+        return torch.where(same, bowl(low)(actions), torch.full_like(same, broken, dtype=torch.float32))
+
+    result = refine(only_the_policys, policy, radius=0.1, margin=0.0, gripper_values=gripper_values)
+    assert not result.accepted.any() and torch.equal(result.actions[:2], policy[:2])
+    assert result.energy_lowest[:2].isfinite().all() and not result.moved[:2].any()
+    assert result.unscored.tolist() == [True, True, False], "a chunk that is none has no energy"
+
+    def pit(actions: Tensor) -> Tensor:
+        energies = bowl(low)(actions)
+        return torch.where(energies < result.energy_policy[:, None] - 0.3, broken + 0 * energies, energies)
+
+    finite = policy.nan_to_num()
+    over = refine(pit, finite, radius=0.5, margin=0.0, steps=40, step_size=0.05)
+    assert over.unscored[:2].all() and over.energy_lowest[:2].isfinite().all() and over.accepted[:2].all()
+    torch.testing.assert_close(bowl(low)(over.actions[:, None])[:2, 0], over.energy_lowest[:2])
+    assert not refine(bowl(low), finite, radius=0.5, margin=0.0).unscored.any()
+
+
 def test_works_in_inference_mode_with_a_head_that_gets_no_gradient() -> None:
     torch.manual_seed(0)
     head = EnergyHead(16, A, H, EnergyConfig()).eval()

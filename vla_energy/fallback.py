@@ -30,7 +30,7 @@ class Fallback:
 
     @property
     def total(self) -> int:
-        """How often the policy's own chunk was taken because something failed."""
+        """How often something failed."""
         return sum(self.counts.values())
 
     def __call__(self, attempt: Callable[[], T], own: Callable[[], T], what: str) -> T:
@@ -49,13 +49,13 @@ class Fallback:
             self.failed(error, what)
         return own()
 
-    def failed(self, error: Exception, what: str) -> None:
-        """Counts and logs a failure; raises it where `strict`."""
+    def failed(self, error: Exception, what: str, answer: str = "the policy's own chunk is taken") -> None:
+        """Counts and logs a failure and what is done about it, `answer`; raises it where `strict`."""
         if self.strict:
             raise error
         self.counts[type(error).__name__] += 1
         total = self.total
-        message = "%s failed, the policy's own chunk is taken (%d times so far): %s: %s"
+        message = "%s failed, %s (%d times so far): %s: %s"
         if not total & (total - 1):
             shown = error if total == 1 else None
-            logger.error(message, what, total, type(error).__name__, error, exc_info=shown)
+            logger.error(message, what, answer, total, type(error).__name__, error, exc_info=shown)

@@ -22,8 +22,8 @@ def win_rate(energies: Tensor, valid: Tensor) -> Tensor:
     """Share of valid negatives whose energy is above their row's positive; a scalar, NaN if no negative is valid.
 
     Args:
-        energies: `(B,N)`, the positive at index 0. A tie counts half: a saturated head must not look good. Where an
-            energy is NaN the pair is lost.
+        energies: `(B,N)`, the positive at index 0. A tie counts half: a saturated head must not look good. Where one
+            of a valid pair is not finite the result is NaN.
         valid: `(B,N)` bool; index 0 is not looked at.
     """
     wins, pairs = wins_and_pairs(energies, valid)
@@ -34,24 +34,25 @@ def spearman(energies: Tensor, distances: Tensor) -> Tensor:
     """Spearman's rank correlation of each row of two `(B,N)` tensors, averaged over rows; a scalar.
 
     Ties get their average rank. A row in which either is constant has no ranking and counts as 0;
-    one with a NaN makes the result NaN. 1 is perfect.
+    one with a number that is not finite makes the result NaN. 1 is perfect.
     """
     if energies.ndim != 2 or energies.shape != distances.shape:
         raise ValueError(f"energies {tuple(energies.shape)}, distances {tuple(distances.shape)}: expected equal (B,N)")
     a, b = (ranks - ranks.mean(1, keepdim=True) for ranks in (_average_ranks(energies), _average_ranks(distances)))
     spread = a.norm(dim=1) * b.norm(dim=1)
     rows = torch.where(spread > 0, (a * b).sum(1) / spread.clamp(min=1e-30), torch.zeros_like(spread))
-    undefined = (energies.isnan() | distances.isnan()).any(1)
+    undefined = ~(energies.isfinite() & distances.isfinite()).all(1)
     return rows.masked_fill(undefined, math.nan).mean()
 
 
 def wins_and_pairs(energies: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of won pairs (a tie is half a win) and of valid pairs, 0-d; arguments as in `win_rate`."""
+    """Number of won pairs (a tie is half a win) and of valid pairs, 0-d; as in `win_rate`, NaN wins among them."""
     if energies.ndim != 2 or energies.shape != valid.shape:
         raise ValueError(f"energies {tuple(energies.shape)}, valid {tuple(valid.shape)}: expected equal (B,N)")
     positive, negative, counted = energies[:, :1], energies[:, 1:], valid[:, 1:]
     score = (positive < negative).float() + 0.5 * (positive == negative).float()
-    return (score * counted).sum(), counted.sum()
+    unknown = counted & ~(positive.isfinite() & negative.isfinite())
+    return (score * counted).sum().masked_fill(unknown.any(), math.nan), counted.sum()
 
 
 def pairs_by_band(scores: Tensor, distances: Tensor, usable: Tensor) -> dict[str, tuple[float, float]]:
@@ -79,7 +80,8 @@ def pairs_by_band(scores: Tensor, distances: Tensor, usable: Tensor) -> dict[str
 def success_auc(energies: Tensor, success: Tensor, valid: Tensor) -> Tensor:
     """Share of pairs (solved, failed) in which the solved frame has the lower energy, 0-d; 0.5 where there is no pair.
 
-    The area under the ROC curve of success predicted by low energy. A tie counts half; a pair with a NaN is lost.
+    The area under the ROC curve of success predicted by low energy. A tie counts half. Where an energy of a pair is not
+    finite the result is NaN.
 
     Args:
         energies: `(R,)`.
@@ -88,7 +90,9 @@ def success_auc(energies: Tensor, success: Tensor, valid: Tensor) -> Tensor:
     lower, tie = (compare(energies[:, None], energies[None]) for compare in (torch.lt, torch.eq))
     pairs = (success & valid)[:, None] & (~success & valid)[None]
     won = ((lower.float() + 0.5 * tie.float()) * pairs).sum()
-    return torch.where(pairs.any(), won / pairs.sum().clamp_min(1), torch.full_like(won, 0.5))
+    unknown = pairs & ~(energies.isfinite()[:, None] & energies.isfinite()[None])
+    share = torch.where(pairs.any(), won / pairs.sum().clamp_min(1), torch.full_like(won, 0.5))
+    return share.masked_fill(unknown.any(), math.nan)
 
 
 def _average_ranks(values: Tensor) -> Tensor:

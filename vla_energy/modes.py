@@ -186,7 +186,8 @@ class Advisor:
                 steps=config.num_steps, step_size=config.step_size, gripper_dims=self.gripper_dims,
             )  # fmt: skip
         own = policy.flatten(1).isfinite().all(1)
-        check_energies(result.energy_policy, own, self.reranker.fallback, "refine")
+        broken = torch.stack([own & ~result.energy_policy.isfinite(), result.unscored], 1)
+        check_energies(broken, self.reranker.fallback, "refine")
         gain = torch.where(result.accepted, result.energy_policy - result.energy_lowest, 0.0)
         actions = torch.where(result.accepted[:, None, None], result.actions.to(frame.policy), frame.policy)
         return Proposal(actions, gain, torch.full_like(gain, math.nan))
@@ -221,15 +222,22 @@ def replan(
         executed: of each row, actions of the plan's chunk that were executed.
 
     Returns:
-        A plan a row, and `(B,)` by how much the rest's energy is above the new chunk's, 0 at an episode's start.
+        A plan a row, and `(B,)` by how much the rest's energy is above the new chunk's, 0 at an episode's start, NaN
+        where one of the two is not finite: then the new chunk is taken.
+
+    Raises:
+        EnergyError: where the reranker is strict, an energy of a finite chunk is not finite.
     """
     config, head = reranker.config.replan, reranker.head
     rest = overlap(frame.policy, [plan and plan.chunk for plan in plans], executed)
     with scoring(head):
         encoded = head.encode(frame.context, frame.context_mask, frame.policy)
-        energies = head(encoded, torch.stack([frame.policy, rest], 1)).float()
-    check_energies(energies[:, 0], frame.policy.flatten(1).isfinite().all(1), reranker.fallback, "replan")
-    rise = energies[:, 1] - energies[:, 0]
+        chunks = torch.stack([frame.policy, rest], 1)
+        energies = head(encoded, chunks).float()
+    finite, known = chunks.flatten(2).isfinite().all(2), energies.isfinite()
+    check_energies(finite & ~known, reranker.fallback, "replan")
+    # A rest at -inf would fall without end, and be kept.
+    rise = (energies[:, 1] - energies[:, 0]).masked_fill(~(finite & known).all(1), math.nan)
     new = []
     for plan, old, fresh, above in zip(plans, rest, frame.policy, rise.tolist(), strict=True):
         if plan is not None and above <= config.margin:

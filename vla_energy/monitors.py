@@ -42,9 +42,10 @@ class RankingReport:
     Attributes:
         metrics: `energy`: `win_rate` per kind of negative, `spearman` over the candidates, `spearman_to_policy`, the
             same for the plain distance to the policy's chunk, which a head should beat, `nonfinite` share of
-            candidates' energies; `rerank`: `l1_policy`, `l1_reranked` (ungated), `l1_gated`, `l1_oracle`, and `kept`,
-            the share of frames on which the gate keeps the policy's chunk; `frames`. A kind that the data do not offer
-            (no inner layer, one frame a batch) is left out.
+            candidates' energies; one makes `spearman` NaN, and one of a pair the `win_rate` of its kind. `rerank`:
+            `l1_policy`, `l1_reranked` (ungated), `l1_gated`, `l1_oracle`, and `kept`, the share of frames on which the
+            gate keeps the policy's chunk. `frames`. A kind that the data do not offer (no inner layer, one frame a
+            batch) is left out.
         energies: `(M,N)` of the candidates, on the CPU; inf where not finite.
         distances: `(M,N)` to the expert; with `energies` what `calibrate_margin` takes.
         sources: N names of the candidates' columns.
@@ -139,7 +140,7 @@ def _report(tally: _Tally, sources: tuple[str, ...], margin: float) -> RankingRe
     metrics: dict[str, dict[str, float | dict[str, float]] | float] = {
         "energy": {
             "win_rate": win_rates,
-            "spearman": float(spearman(energies, distances)),
+            "spearman": float(spearman(raw, distances)),
             "spearman_to_policy": float(spearman(torch.cat(tally.to_policy), distances)),
             "nonfinite": float((~raw.isfinite()).float().mean()),
         },

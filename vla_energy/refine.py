@@ -27,6 +27,7 @@ class RefineResult:
         accepted: `(B,)` bool, the energy fell by more than the margin.
         energy_policy, energy_lowest: `(B,)` fp32, of the policy's chunk and the lowest met; equal where none was lower.
         moved: `(B,)` mean absolute distance of the lowest chunk from the policy's, accepted or not.
+        unscored: `(B,)` bool, an energy met on the way is not finite, although the policy's chunk is.
     """
 
     actions: Tensor
@@ -34,6 +35,7 @@ class RefineResult:
     energy_policy: Tensor
     energy_lowest: Tensor
     moved: Tensor
+    unscored: Tensor
 
 
 def refine(
@@ -52,7 +54,8 @@ def refine(
     The step is `step_size * radius` in the element of steepest gradient, and in proportion elsewhere, so that neither
     the energy's scale nor its temperature matters; it shrinks linearly to 0. Grippers are not moved: before the
     descent each row takes the gripper of lowest energy among the policy's own and constants. The lowest chunk met is
-    kept, whatever the last one is. A row whose energy or gradient stops being finite stays where it was.
+    kept, whatever the last one is; -inf is no energy, and never the lowest. A row whose energy or gradient stops being
+    finite stays where it was.
 
     Works under `torch.no_grad()`, and under `torch.inference_mode()` if `energy_fn` holds no tensor made there.
     No parameter gets a gradient.
@@ -82,30 +85,32 @@ def refine(
         # Normalised dimensions live in [-1, 1]; a policy's own value outside stays allowed.
         low, high = torch.maximum(low, current.clamp(max=-1)), torch.minimum(high, current.clamp(min=1))
         energy_policy = _score(energy_fn, current[:, None])[:, 0]
-        best, energy = _gripper(energy_fn, current, energy_policy, free, gripper_values)
+        best, energy, unscored = _gripper(energy_fn, current, energy_policy, free, gripper_values)
         current = best
         if steps:
-            best, energy = _descend(energy_fn, current, best, energy, (low, high), reach, steps, step_size)
+            best, energy, met = _descend(energy_fn, current, best, energy, (low, high), reach, steps, step_size)
+            unscored = unscored | met
         usable = finite & energy_policy.isfinite()
         accepted = usable & (energy_policy - energy > margin)
         actions = torch.where(accepted[:, None, None], best.to(policy.dtype), policy.detach())
         moved = (best - start).abs().mean((1, 2))
-    return RefineResult(actions, accepted, energy_policy, energy, torch.where(finite, moved, 0.0))
+    return RefineResult(actions, accepted, energy_policy, energy, torch.where(finite, moved, 0.0), finite & unscored)
 
 
 def _gripper(
     energy_fn: EnergyFn, chunk: Tensor, energy: Tensor, free: Tensor, values: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Each row with its gripper of lowest energy, and that energy; ties keep the policy's."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each row with its gripper of lowest energy, that energy, and where one is not finite; ties keep the policy's."""
     if not values or free.all():
-        return chunk, energy
+        return chunk, energy, ~energy.isfinite()
     options = [chunk, *(torch.where(free, chunk, torch.full_like(chunk, value)) for value in values)]
     stacked = torch.stack(options, 1)
     energies = torch.cat([energy[:, None], _score(energy_fn, stacked[:, 1:])], 1)
     lowest, index = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf)).min(1)
     lower = lowest < energy
     index = torch.where(lower, index, torch.zeros_like(index))
-    return stacked[torch.arange(len(chunk), device=chunk.device), index], torch.where(lower, lowest, energy)
+    chosen = stacked[torch.arange(len(chunk), device=chunk.device), index]
+    return chosen, torch.where(lower, lowest, energy), ~energies.isfinite().all(1)
 
 
 def _descend(
@@ -117,8 +122,9 @@ def _descend(
     reach: Tensor,
     steps: int,
     step_size: float,
-) -> tuple[Tensor, Tensor]:
-    """The lowest chunk met `(B,H,A)` and its energy `(B,)`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The lowest chunk met `(B,H,A)`, its energy, and where one met is not finite, both `(B,)`."""
+    unscored = torch.zeros_like(energy, dtype=torch.bool)
     for step in range(steps + 1):
         with torch.enable_grad():
             leaf = current.clone().requires_grad_()
@@ -126,7 +132,9 @@ def _descend(
             # Rows do not see each other: the sum's gradient holds each one's own.
             (gradient,) = torch.autograd.grad(energies.sum(), leaf)
         energies = energies.detach().float()
-        lower = energies < energy  # False for NaN
+        known = energies.isfinite()
+        unscored = unscored | ~known
+        lower = known & (energies < energy)
         best = torch.where(lower[:, None, None], current, best)
         energy = torch.where(lower, energies, energy)
         if step == steps:
@@ -138,9 +146,9 @@ def _descend(
         share = step_size * (1 - step / steps)
         moved = current - share * reach * scaled / steepest.clamp_min(torch.finfo(scaled.dtype).tiny)
         moved = torch.minimum(torch.maximum(moved, box[0]), box[1])
-        going = (steepest[:, 0, 0] > 0) & moved.isfinite().all(2).all(1) & energies.isfinite()
+        going = (steepest[:, 0, 0] > 0) & moved.isfinite().all(2).all(1) & known
         current = torch.where(going[:, None, None], moved, current)
-    return best, energy
+    return best, energy, unscored
 
 
 def _score(energy_fn: EnergyFn, actions: Tensor) -> Tensor:

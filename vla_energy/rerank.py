@@ -215,7 +215,8 @@ class Reranker:
         Raises:
             TypeError, ValueError: as `rerank`.
             CompatibilityError: H, A or D is not the head's.
-            EnergyError: where `strict`, the energy of a policy's chunk is not finite. Else that row keeps the chunk.
+            EnergyError: where `strict`, the energy of a finite chunk is not finite. Else a row keeps the policy's chunk
+                where that is the policy's own, and chooses among the others where it is another's.
         """
         _check_candidates(candidates)
         if context.ndim != 3 or len(context) != len(candidates):
@@ -236,7 +237,7 @@ class Reranker:
             reference = candidates[:, 0].float().masked_fill(~finite[:, 0, None, None], math.nan)
             encoded = self.head.encode(context, context_mask, reference)
             result = rerank(lambda actions: self.head(encoded, actions), candidates, margin, prior)
-        check_energies(result.energies[:, 0], finite[:, 0], self.fallback, "rerank")
+        check_energies(finite & ~result.energies.isfinite(), self.fallback, "rerank")
         self._count(finite, result)
         return result
 
@@ -266,21 +267,27 @@ class Reranker:
             self.counters[name] += value
 
 
-def check_energies(energies: Tensor, finite: Tensor, fallback: Fallback, what: str) -> None:
-    """Tells of a head that has no number for the policy's own chunk: it would pass for a gate that stays shut.
+def check_energies(broken: Tensor, fallback: Fallback, what: str) -> None:
+    """Tells of a head that has no number for a chunk: it would pass for a gate that stays shut.
 
     Args:
-        energies: `(B,)` of the policy's chunks.
-        finite: `(B,)` where the chunk itself is finite.
+        broken: `(B,N)` where a chunk is finite and its energy is not, the policy's own in column 0.
         fallback: counts and logs it, a failure a call; where strict it is raised.
         what: was attempted, for the log.
 
     Raises:
         EnergyError: where the fallback is strict.
     """
-    if (broken := finite & ~energies.isfinite()).any():
-        row = int(broken.int().argmax())
+    if not broken.any():
+        return
+    own = broken[:, 0]
+    if own.any():
+        row = int(own.int().argmax())
         fallback.failed(EnergyError(f"the energy of the policy's own chunk is not finite (row {row})"), what)
+    else:
+        row = int(broken.any(1).int().argmax())
+        error = EnergyError(f"the energy of another chunk than the policy's own is not finite (row {row})")
+        fallback.failed(error, what, "that chunk is left out")
 
 
 def _check_choice(candidates: Tensor, margin: float, prior: Tensor | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from vla_energy import losses
@@ -19,12 +21,15 @@ def energy_metrics(output: HeadOutput, negatives: NegativeSet, config: EnergyCon
     """`energy/*` of a batch; the expert's chunk is column 0 of `output.energies`.
 
     Win rates count ties as lost: a head that gives every chunk the same energy must not look good. A source without a
-    valid negative has the rate 1.
+    valid negative has the rate 1. Where an energy that is compared is not finite, `top1` and the rates it is part of
+    are NaN.
     """
     energies, temperature = output.energies.detach(), output.temperature
     valid, positive, others = negatives.valid, energies[:, :1], energies[:, 1:]
     negative = (others * valid).sum() / valid.sum().clamp_min(1)
     lost = valid & (others <= positive)
+    # NaN is never lower, and would read as won.
+    unknown = valid & ~(others.isfinite() & positive.isfinite())
     logits = losses.logits_of(energies, temperature)
     all_valid = nn.functional.pad(valid, (1, 0), value=True)
     spread = energies[:, 1:].where(valid, positive).sub(positive)
@@ -32,7 +37,7 @@ def energy_metrics(output: HeadOutput, negatives: NegativeSet, config: EnergyCon
         "positive": positive.mean(),
         "negative": negative,
         "gap": negative - positive.mean(),
-        "top1": 1 - lost.any(1).float().mean(),
+        "top1": (1 - lost.any(1).float().mean()).masked_fill(unknown.any(), math.nan),
         "min": energies.min(),
         "max": energies.max(),
         "std": energies.std(unbiased=False),
@@ -53,7 +58,8 @@ def energy_metrics(output: HeadOutput, negatives: NegativeSet, config: EnergyCon
         if name in negatives.empty:
             continue  # nothing was ranked: a rate of 1 would look like a success
         count = valid[:, columns].sum().clamp_min(1)
-        metrics[f"win_rate/{name}"] = 1 - lost[:, columns].sum() / count
+        rate = 1 - lost[:, columns].sum() / count
+        metrics[f"win_rate/{name}"] = rate.masked_fill(unknown[:, columns].any(), math.nan)
         metrics[f"negative/{name}"] = (others * valid)[:, columns].sum() / count
     if "policy_noise" in negatives.sources:
         near = slice(negatives.sources["policy"].start, negatives.sources["policy_noise"].stop)

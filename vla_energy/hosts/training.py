@@ -32,6 +32,7 @@ from vla_energy.hosts.hidden_states import (
     visible_context,
 )
 from vla_energy.objective import EnergyObjective
+from vla_energy.results import to_json
 from vla_energy.sources import ActionTraits, check_sources
 
 logger = logging.getLogger(__name__)
@@ -176,7 +177,7 @@ class EnergyPlugin:
     def _log(self, row: dict[str, float]) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         with open(self.run_dir / "energy_metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **row}) + "\n")
+            file.write(json.dumps(to_json({"step": self.step, **row})) + "\n")  # JSON has no NaN: null, as in our log
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError:
