@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from vla_energy.finetune.frames import FrameReader
 from vla_energy.finetune.head_runs import check_made_of, parse_energy
 from vla_energy.finetune.pooling import patch_grid, pool_patches
 from vla_energy.finetune.setup import EMBEDDED_DATA
+from vla_energy.finetune.signals import RunStoppedError
 from vla_energy.finetune.trainer import Trainer
 from vla_energy.rollout.policy import load_policy
 
@@ -324,6 +326,22 @@ def test_the_head_is_that_of_the_online_training(tiny_folder: Path, cache: Featu
     other = CachedTraining(_config(tiny_folder, tmp_path / "other"), cache)
     other.run(torch.arange(FRAMES).flip(0).split(BATCH))
     assert any((_weights(other.head)[name] - value).abs().max() > 1e-4 for name, value in expected.items())
+
+
+def test_a_signal_saves_the_head_as_it_is(tiny_folder: Path, cache: FeatureCache, tmp_path: Path) -> None:
+    training: Any = CachedTraining(_config(tiny_folder, tmp_path), cache)
+    real, wanted = training.train_step, training.config.max_steps
+
+    def step(rows: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(rows)
+
+    training.train_step = step
+    with pytest.raises(
+        RunStoppedError, match=rf"SIGTERM: stopped and saved .*it has taken 1 of {wanted} steps"
+    ) as ended:
+        training.run()
+    assert ended.value.exit_code == 143 and load_head(training.config.run_dir).step == 1
 
 
 def test_every_epoch_has_each_frame_once_in_another_order() -> None:

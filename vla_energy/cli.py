@@ -101,9 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        print("interrupted; what was already written is kept", file=sys.stderr)
-        return _INTERRUPTED
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted; what was already written is kept", file=sys.stderr)
+        return getattr(error, "exit_code", _INTERRUPTED)
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             return _UNREAD

@@ -23,6 +23,7 @@ from vla_energy.finetune.energy import HeadTraining, Metrics, check_head_sources
 from vla_energy.finetune.evaluate import MIN_BATCH, HeldOutFrames, summarise
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.setup import make_head, vla_folder
+from vla_energy.finetune.signals import RunStoppedError, StopSignals
 from vla_energy.gates import GATES
 from vla_energy.monitors import Batch
 from vla_energy.rerank import MARGIN_KEY
@@ -75,14 +76,17 @@ class CachedTraining:
 
         Args:
             order: rows of the batches, one a step; by default `shuffled` ones of `batch_size`.
+
+        Raises:
+            RunStoppedError: SIGINT or SIGTERM came; the step was finished and the head saved as it was then.
         """
         config = self.config
         config.run_dir.mkdir(parents=True, exist_ok=True)
         rows = iter(shuffled(len(self.cache), config.batch_size, config.seed) if order is None else order)
         results: dict[str, Any] = {}
         bar = tqdm(total=config.max_steps, disable=None, unit="step")
-        with MetricLog(config, 0) as log, bar:
-            while self.step < config.max_steps:
+        with MetricLog(config, 0) as log, bar, StopSignals() as stop:
+            while self.step < config.max_steps and stop.number is None:
                 started = time.perf_counter()
                 metrics = self.train_step(next(rows))
                 self.step += 1
@@ -94,7 +98,10 @@ class CachedTraining:
                 if self.held_out is not None and (self.step % config.val_freq == 0 or last):
                     results = self.validate()
                     log.write(self.step, flatten(results, "val"))
-        self.save()
+        saved = self.save()
+        if stop.number is not None and self.step < config.max_steps:
+            done = f"it has taken {self.step} of {config.max_steps} steps, and a head from a cache begins anew"
+            raise RunStoppedError(stop.number, saved, done)
         return results
 
     def train_step(self, rows: Tensor) -> Metrics:

@@ -21,9 +21,10 @@ class RunStoppedError(KeyboardInterrupt):
         exit_code: 128 + the signal's number, as shells have it: 130 of SIGINT, 143 of SIGTERM.
     """
 
-    def __init__(self, number: int, saved: Path) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"{name}: stopped and saved {saved}; the same command with --resume True goes on from there")
+    def __init__(
+        self, number: int, saved: Path, how: str = "the same command with --resume True goes on from there"
+    ) -> None:
+        super().__init__(f"{signal.Signals(number).name}: stopped and saved {saved}; {how}")
         self.exit_code = 128 + number
 
 
