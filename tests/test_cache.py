@@ -251,6 +251,9 @@ def test_a_cache_of_ones_own_dataset_names_the_file_of_its_fields(
     heads = ["train-head", "--cache", str(out), "--out", str(tmp_path / "heads"), "--max-steps", "1"]
     assert main(heads) == 2 and "another dataset than my_robot" in capsys.readouterr().err
     assert main([*heads, "--dataset-config", str(tmp_path / "moved.json")]) == 0
+    flags = json.loads((tmp_path / "heads" / "settings.json").read_text())["flags"]
+    shown = ("data_root_dir", "dataset_name", "dataset_config", "use_proprio", "use_lora")
+    assert [flags[name] for name in shown] == [str(root), "my_robot", str(tmp_path / "moved.json"), True, False]
 
 
 def test_a_head_beside_the_policy_does_not_make_another_checkpoint(

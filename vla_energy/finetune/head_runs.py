@@ -13,12 +13,14 @@ from typing import Any
 import draccus
 
 from vla_energy.actions import load_statistics, select_statistics
+from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.cache import CacheError, FeatureCache, Manifest
 from vla_energy.config import PRESETS, EnergyConfig, checks
 from vla_energy.data import DatasetError
 from vla_energy.finetune.cached import CachedTraining
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.features import dataset_fingerprint
+from vla_energy.finetune.frames import policy_inputs
 from vla_energy.finetune.setup import data_root, vla_folder
 from vla_energy.fingerprint import fingerprint
 
@@ -67,15 +69,22 @@ class HeadRuns:
     def _config(self, args: argparse.Namespace, folder: Path, energy: EnergyConfig) -> FinetuneConfig:
         per_epoch = len(self.cache) / args.batch_size
         epochs = _EPOCHS if args.epochs is None else args.epochs
+        made_of, data = self.cache.manifest.checkpoint, self.cache.manifest.dataset
         config = FinetuneConfig(
-            vla_path=args.checkpoint or self.cache.manifest.checkpoint["folder"],
+            vla_path=args.checkpoint or made_of["folder"],
+            data_root_dir=args.data_root_dir or data["root"], dataset_name=data["name"],
+            dataset_config=args.dataset_config or data.get("config"),
             run_root_dir=folder.parent, run_id_override=folder.name,
             batch_size=args.batch_size, max_steps=args.max_steps or max(1, math.ceil(epochs * per_epoch)),
             energy_learning_rate=args.learning_rate, energy_warm_steps=args.warm_steps, val_freq=args.val_freq,
             wandb_log_freq=args.log_freq, seed=args.seed, device=args.device, energy=energy,
-            image_aug=False, precision="fp32", use_diffusion=self.cache.manifest.checkpoint["kind"] == "diffusion",
-            use_l1_regression=self.cache.manifest.checkpoint["kind"] == "l1",
+            image_aug=False, use_lora=False, precision=self.cache.manifest.options.get("precision", "fp32"),
+            use_diffusion=made_of["kind"] == "diffusion", use_l1_regression=made_of["kind"] == "l1",
         )  # fmt: skip
+        # Nothing is read through these: settings.json and the report tell of them.
+        policy = vla_folder(config)
+        for flag, value in policy_inputs(policy, OpenVLAConfig.from_folder(policy)).items():
+            setattr(config, flag, value)
         config.check()
         return config
 
