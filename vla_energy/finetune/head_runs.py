@@ -20,6 +20,7 @@ from vla_energy.data import DatasetError
 from vla_energy.finetune.cached import CachedTraining
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.features import dataset_fingerprint
+from vla_energy.finetune.flags import keep_texts
 from vla_energy.finetune.frames import policy_inputs
 from vla_energy.finetune.setup import data_root, vla_folder
 from vla_energy.fingerprint import fingerprint
@@ -108,7 +109,7 @@ def parse_energy(preset: Mapping[str, Any], given: Mapping[str, str]) -> EnergyC
         path.write_text(json.dumps({"energy": {**preset, "freeze_backbone": True}}))
         flags = [text for name, value in given.items() for text in (f"--{name}", value)]
         try:
-            return draccus.parse(FinetuneConfig, path, flags).energy
+            return draccus.parse(FinetuneConfig, path, keep_texts(flags)).energy
         except (draccus.ParsingError, ValueError) as error:
             raise FlagError(f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")) from error
 
