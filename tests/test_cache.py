@@ -405,6 +405,21 @@ def test_what_is_no_part_of_the_policy_is_not_linked(tiny_folder: Path, tmp_path
     assert fingerprint(folder, policy_only=True) == fingerprint(checkpoint, policy_only=True)
 
 
+@pytest.mark.parametrize("command", ["cache", "memory", "preflight", "rollout", "doctor", "train-head"])
+def test_a_runs_folder_leads_to_its_checkpoint(
+    command: str, tiny_folder: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latest = Path(shutil.copytree(tiny_folder, tmp_path / "run" / "latest"))
+    out, data = ["--out", str(tmp_path / "out")], ["--data-root-dir", "embedded", "--dataset-name", DATASET]
+    more = {
+        "rollout": ["--tasks", "reach", "--episodes", "1"], "train-head": ["--cache", str(built)], "doctor": [],
+    }.get(command, data)  # fmt: skip
+    if command not in ("doctor", "memory"):
+        more = [*more, *out]
+    assert main([command, "--checkpoint", str(tmp_path / "run"), *more]) == 2
+    assert f"it is a run's folder: name its checkpoint {latest}\n" in capsys.readouterr().err
+
+
 def test_a_held_out_cache_made_otherwise_is_refused(
     tiny_folder: Path, cache: FeatureCache, copied: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import draccus
 from vla_energy.actions import load_statistics, select_statistics
 from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.cache import CacheError, FeatureCache, Manifest
+from vla_energy.checkpoint import run_hint
 from vla_energy.config import PRESETS, EnergyConfig, checks
 from vla_energy.data import DatasetError
 from vla_energy.finetune.cached import CachedTraining
@@ -135,6 +136,8 @@ def check_made_of(
     folder, name = vla_folder(given), manifest.dataset["name"]
     if not folder.is_dir():
         raise CacheError(f"{made_here}: its checkpoint {folder} is not there; say with --checkpoint where it is")
+    if hint := run_hint(folder):
+        raise CacheError(f"{made_here}: {folder} is no checkpoint{hint}")
     build = f"build a cache of these: {_again(manifest, checkpoint, root, config)}"
     _check_statistics(manifest, folder, made_here, build)
     if fingerprint(folder, policy_only=True) != manifest.checkpoint["fingerprint"]:
