@@ -20,6 +20,7 @@ from vla_energy.distributed import RankError, start
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.flags import parse_flags
 from vla_energy.finetune.signals import DivergedError, RunStoppedError
+from vla_energy.finetune.trackers import wanted_trackers
 
 
 def _known_fields(name: str) -> str:
@@ -58,6 +59,8 @@ def main() -> None:
     try:
         config = _flags()
         config.check()
+        if rank == "0":  # which alone shows metrics; a missing tracker is told before policy and data are loaded
+            wanted_trackers(config, {})
         from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
 
         with start(config.device) as ranks:

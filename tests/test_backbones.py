@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_saved_folder_loads_to_the_same(vla: LoadedVLA, tmp_path: Path) -> None:
     torch.testing.assert_close(
         load_openvla(folder, use_proprio=True).predict(batch).actions, expected, atol=0.1, rtol=0
     )
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_who_may_read_the_folder_may_read_its_weights(tiny_folder: Path, merge: bool, tmp_path: Path) -> None:
+    """safetensors makes its files for the owner alone: on a shared machine nobody else could load the checkpoint."""
+    vla = load_openvla(tiny_folder)
+    add_lora(vla, rank=2, dropout=0.0)
+    before = os.umask(0o027)
+    try:
+        save_openvla(vla, tmp_path, 1, processor_files=tiny_folder, statistics=vla.statistics, merge=merge)
+    finally:
+        os.umask(before)
+    names = ["model.safetensors", *([] if merge else ["lora_adapter/adapter_model.safetensors"])]
+    assert [oct((tmp_path / name).stat().st_mode & 0o777) for name in names] == ["0o640"] * len(names)
 
 
 def test_sharded_weights_and_bare_component_keys(tiny_folder: Path, vla: LoadedVLA, tmp_path: Path) -> None:

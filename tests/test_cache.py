@@ -32,6 +32,7 @@ from vla_energy.finetune.pooling import patch_grid, pool_patches
 from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.signals import RunStoppedError
 from vla_energy.finetune.trainer import Trainer
+from vla_energy.fingerprint import fingerprint
 from vla_energy.rollout.policy import load_policy
 
 DATASET, FRAMES, BATCH, SEED = "metaworld_demo", 28, 4, 7
@@ -252,6 +253,9 @@ def test_a_cache_of_ones_own_dataset_names_the_file_of_its_fields(
     heads = ["train-head", "--cache", str(out), "--out", str(tmp_path / "heads"), "--max-steps", "1"]
     assert main(heads) == 2 and "another dataset than my_robot" in capsys.readouterr().err
     assert main([*heads, "--dataset-config", str(tmp_path / "moved.json")]) == 0
+    flags = json.loads((tmp_path / "heads" / "settings.json").read_text())["flags"]
+    shown = ("data_root_dir", "dataset_name", "dataset_config", "use_proprio", "use_lora")
+    assert [flags[name] for name in shown] == [str(root), "my_robot", str(tmp_path / "moved.json"), True, False]
 
 
 def test_a_head_beside_the_policy_does_not_make_another_checkpoint(
@@ -392,6 +396,46 @@ def test_several_presets_make_checkpoints_that_rollouts_take(
     assert not (tmp_path / "wrong").exists()
     cached.link_policy(tiny_folder, tmp_path / "val", copy=True)
     assert not (tmp_path / "val" / "config.json").is_symlink()
+
+
+def test_what_is_no_part_of_the_policy_is_not_linked(tiny_folder: Path, tmp_path: Path) -> None:
+    """A report that is written beside the new head must not go through a link into the checkpoint."""
+    checkpoint, folder = Path(shutil.copytree(tiny_folder, tmp_path / "vla")), tmp_path / "head"
+    own = sorted(path.name for path in checkpoint.iterdir())
+    theirs = [
+        "README.md", "report.html", "preflight.json", "preflight.html", "rollout.json", "footage.json", "shapes.json",
+        "settings.json", "metrics.json", "metrics.jsonl", "energy_metrics.jsonl", "energy_gates.json", "curves.svg",
+        "energy_head--3_checkpoint.safetensors", "energy_state--3_checkpoint.pt", "training_state.pt", ".cache",
+    ]  # fmt: skip
+    hosts = [
+        "LICENSE", "added_tokens.json", "chunk_memory--0_checkpoint.safetensors", "generation_config.json",
+        "manifest.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "modeling_prismatic.py",
+        "noisy_action_projector--3_checkpoint.pt", "processor_config.json", "tokenizer.model",
+        "vision_backbone--3_checkpoint.pt",
+    ]  # fmt: skip
+    for name in (*theirs, *hosts):
+        (checkpoint / name).write_text("here")
+    for name in ("tensorboard", "lora_adapter"):
+        (checkpoint / name).mkdir()
+    folder.mkdir()
+    cached.link_policy(checkpoint, folder)
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*own, *hosts, "lora_adapter"])
+    assert fingerprint(folder, policy_only=True) == fingerprint(checkpoint, policy_only=True)
+
+
+@pytest.mark.parametrize("command", ["cache", "memory", "preflight", "rollout", "doctor", "train-head"])
+def test_a_runs_folder_leads_to_its_checkpoint(
+    command: str, tiny_folder: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    latest = Path(shutil.copytree(tiny_folder, tmp_path / "run" / "latest"))
+    out, data = ["--out", str(tmp_path / "out")], ["--data-root-dir", "embedded", "--dataset-name", DATASET]
+    more = {
+        "rollout": ["--tasks", "reach", "--episodes", "1"], "train-head": ["--cache", str(built)], "doctor": [],
+    }.get(command, data)  # fmt: skip
+    if command not in ("doctor", "memory"):
+        more = [*more, *out]
+    assert main([command, "--checkpoint", str(tmp_path / "run"), *more]) == 2
+    assert f"it is a run's folder: name its checkpoint {latest}\n" in capsys.readouterr().err
 
 
 def test_a_held_out_cache_made_otherwise_is_refused(

@@ -154,6 +154,13 @@ def test_latest_is_written_by_the_run_before_it(path: Path) -> None:
             (only_steps.discard if kept == "True" else only_steps.add)(name)
 
 
+def test_all_commands_but_completion_have_json() -> None:
+    assert "All but `completion` have `--json`" in (ROOT / "docs" / "quickstart.md").read_text()
+    commands = next(action.choices for action in cli.build_parser()._actions if action.dest == "command")
+    assert isinstance(commands, dict)
+    assert {name for name, one in commands.items() if "--json" not in one._option_string_actions} == {"completion"}
+
+
 @pytest.mark.parametrize("command", QUICK)
 def test_quick_commands_run(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     program, *arguments = shlex.split(command)

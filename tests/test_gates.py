@@ -179,6 +179,14 @@ def test_an_empty_folder_has_no_modes_and_files_add_theirs(tmp_path: Path) -> No
     assert _load(tmp_path).modes == ("rerank", "refine")
 
 
+@pytest.mark.parametrize("calibrates", [False, True])
+def test_who_calibrates_is_not_told_to(calibrates: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _save_head(tmp_path)
+    _save_memory(tmp_path)
+    _load(tmp_path, calibrates=calibrates)
+    assert ("run vla-energy preflight" in caplog.text) is not calibrates
+
+
 def test_margins_come_from_the_head_and_from_the_file_of_gates(tmp_path: Path) -> None:
     _save_head(tmp_path, {MARGIN_KEY: 0.75})
     _save_memory(tmp_path)

@@ -39,6 +39,8 @@ def test_every_answer_is_the_same(tiny_folder: Path, tmp_path: Path) -> None:
 def test_the_host_finds_what_it_asks_for(tiny_folder: Path, tmp_path: Path) -> None:
     """Its ids of the blank (29871), the stop (2) and the actions (31744 on), by a lookup as its code does it."""
     exported = export_for_host(tiny_folder, tmp_path / "host")
+    modes = {(exported / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1, "safetensors makes its files for the owner alone"
     old, new = (load_file(path / "model.safetensors") for path in (tiny_folder, exported))
     vla = load_openvla(tiny_folder, use_proprio=True)
     for key in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):

@@ -43,6 +43,7 @@ NOT_CORE = {
     "test_film.py": "the native backbone, RLDS",
     "test_finetune.py": "the native backbone, RLDS",
     "test_finetune_rollouts.py": "the native backbone, RLDS",
+    "test_flags.py": "the native backbone, RLDS",
     "test_footage.py": "the native backbone, RLDS",
     "test_frames.py": "the native backbone, RLDS",
     "test_goldens.py": "the native backbone against openvla-oft's stored outputs",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -132,6 +134,18 @@ def test_what_is_asked_for_and_not_installed_is_told_before_anything_is_written(
     with pytest.raises(FlagError, match=f"--{name}_project.* is set but {name} is not installed: pip install {name}"):
         MetricLog(config, 0)
     assert not list(config.run_dir.iterdir())
+
+
+def test_a_missing_tracker_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    """The checkpoint, which is not there either, would be missed first."""
+    script, runs = Path(__file__).parents[1] / "scripts" / "finetune_energy.py", tmp_path / "runs"
+    (tmp_path / "wandb.py").write_text("raise ImportError('as if it were not there')")
+    flags = ["--vla_path", str(tmp_path / "nowhere"), "--wandb_project", "p", "--run_root_dir", str(runs)]
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, str(script), *flags], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 1 and "error: --wandb_project is set but wandb" in done.stderr and not runs.exists()
 
 
 @pytest.mark.parametrize("error", ["ImportError('no libfoo.so')", "AttributeError('numpy.float_')"])

@@ -29,6 +29,8 @@ def load_advisor(
     action_dim: int,
     context_dim: int,
     device: torch.device | None = None,
+    *,
+    calibrates: bool = False,
 ) -> Advisor:
     """What a checkpoint's folder holds besides the policy; neither head nor memory is needed.
 
@@ -40,6 +42,7 @@ def load_advisor(
         statistics: those that the policy's actions are normalised with.
         horizon, action_dim, context_dim: H, A and D of the policy.
         device: of the head.
+        calibrates: the caller is about to do so, and need not be told to.
 
     Raises:
         CheckpointError, CompatibilityError: a file is damaged, or was made for another policy.
@@ -57,7 +60,7 @@ def load_advisor(
     if memory is not None:
         check_memory(memory, horizon, action_dim, context_dim)
         check_statistics(memory.statistics, statistics, "the memory")
-    if reranker is not None and memory is not None and BOTH not in gates:
+    if reranker is not None and memory is not None and BOTH not in gates and not calibrates:
         logger.warning("no gate of %s is calibrated in %s, so it stays shut: run vla-energy preflight", BOTH, folder)
     gripper = [dim for dim, used in enumerate(statistics.action.mask) if not used]
     return Advisor(reranker, memory, gates, gripper_dims=gripper, scale=noise_scale(statistics), tasks=tasks)

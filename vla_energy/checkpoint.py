@@ -86,6 +86,13 @@ def atomic_write(path: str | Path, write_fn: Callable[[BinaryIO], Any]) -> Path:
     return path
 
 
+def run_hint(folder: str | Path) -> str:
+    """What to say behind an error about a folder that is no checkpoint's: the run's checkpoint, if it is a run's."""
+    folder = Path(folder)
+    is_run = not (folder / "config.json").exists() and (folder / "latest" / "config.json").is_file()
+    return f"; it is a run's folder: name its checkpoint {folder / 'latest'}" if is_run else ""
+
+
 def find_one(folder: str | Path, substring: str) -> Path:
     """The only file in `folder` whose name contains `substring`.
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vla_energy.checkpoint import run_hint
+
 DEFAULT_HORIZON = 8
 """Chunk length of a checkpoint whose config does not say: the host's LIBERO constant."""
 DEFAULT_DIFFUSION_STEPS = 50
@@ -31,7 +33,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise CheckpointFolderError(f"{path} not found; is {path.parent} an OpenVLA checkpoint folder?") from error
+        hint = run_hint(path.parent) or f"; is {path.parent} an OpenVLA checkpoint folder?"
+        raise CheckpointFolderError(f"{path} not found{hint}") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointFolderError(f"{path} is not valid JSON: {error}") from error
     except OSError as error:

@@ -30,6 +30,7 @@ from vla_energy.backbones.weights import (
     head_action_dim,
     head_hidden_dim,
     is_diffusion,
+    open_to_readers,
     projector_dim,
     read_component,
     read_weights,
@@ -276,6 +277,7 @@ def save_openvla(
     config = {**own, "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
+    open_to_readers(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vla_energy.backbones.config import LLAMA_EMPTY_TOKEN, CheckpointFolderError, OpenVLAConfig, read_json
-from vla_energy.backbones.weights import read_weights
+from vla_energy.backbones.weights import open_to_readers, read_weights
 
 LLAMA_VOCAB, LLAMA_PADDING = 32000, 64
 """Tokens of Llama-2, and the rows that openvla adds to its embedding."""
@@ -67,6 +67,7 @@ def export_for_host(folder: str | Path, target: str | Path) -> Path:
     text = {**config.raw["text_config"], "vocab_size": LLAMA_VOCAB + LLAMA_PADDING}
     written = {**config.raw, "text_config": text, "pad_to_multiple_of": LLAMA_PADDING}
     (target / "config.json").write_text(json.dumps(written, indent=2))
+    open_to_readers(target)
     # Without the processor's class the host's AutoProcessor answers with the image processor alone.
     images["processor_class"] = "PrismaticProcessor"
     (target / "preprocessor_config.json").write_text(json.dumps(images, indent=2))

@@ -6,6 +6,7 @@ Safetensors are single or sharded; action head, projectors and a vision backbone
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointFolderError(f"{path} is damaged ({error}); copy or download it again") from error
     return state
+
+
+def open_to_readers(folder: Path) -> None:
+    """Gives the policy's safetensors in a folder the mode of its `config.json`, which is as the umask says.
+
+    safetensors makes its files for the owner alone, and nobody else on a shared machine could load the checkpoint.
+    """
+    for pattern in ("model*.safetensors", "lora_adapter/*.safetensors"):
+        for path in folder.glob(pattern):
+            shutil.copymode(folder / "config.json", path)
 
 
 def _shards(index: Path) -> list[str]:

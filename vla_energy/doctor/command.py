@@ -37,10 +37,14 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command. Returns 1 if there is a problem, else 0."""
     from pathlib import Path
 
+    from vla_energy.checkpoint import run_hint
+
     def folder(name: str) -> Path | None:
         value = getattr(args, name)
         if value is not None and not Path(value).is_dir():
             raise ValueError(f"--{name} {value} is not a folder")
+        if value is not None and (hint := run_hint(value)):
+            raise ValueError(f"--{name} {value} is no checkpoint{hint}")
         return None if value is None else Path(value)
 
     subject = Subject(

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from vla_energy.cache import CacheError, FeatureCache
 from vla_energy.checkpoint import save_head
 from vla_energy.config import EnergyConfig
+from vla_energy.durable import MANIFEST
 from vla_energy.finetune.checkpoints import STATE, flatten
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.energy import HeadTraining, Metrics, check_head_sources, l1_metrics, load_memory, retrieve
@@ -24,13 +26,21 @@ from vla_energy.finetune.evaluate import MIN_BATCH, HeldOutFrames, summarise
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.setup import make_head, vla_folder
 from vla_energy.finetune.signals import RunStoppedError, StopSignals
-from vla_energy.gates import GATES
 from vla_energy.monitors import Batch
 from vla_energy.rerank import MARGIN_KEY
 
 logger = logging.getLogger(__name__)
 
-_LEFT_OUT = (STATE, GATES, "energy_head--", "energy_state", "metrics.jsonl", "tensorboard", ".")
+# What the readers of a policy take: `load_openvla`, the host's `from_pretrained`, peft, the memory. Named one by one,
+# not "all but": a folder may hold reports and results as well, and what is written later under such a name would go
+# through the link into the checkpoint. All weights are among them, so that the policy's fingerprint stays the
+# checkpoint's. A model card stays behind: it tells of the other head, and is written to by hand.
+_OF_A_POLICY = (
+    "*.safetensors", "*.safetensors.index.json", "*.pt", "*.bin", "*.bin.index.json", "config.json", "*_config.json",
+    "dataset_statistics.json", "tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.*", "*.py", "lora_adapter", MANIFEST, "LICENSE*",
+)  # fmt: skip
+_NOT_OF_A_POLICY = (STATE, "energy_head--*", "energy_state*", ".*")
 
 
 class CachedTraining:
@@ -171,15 +181,20 @@ def shuffled(frames: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 
 
 def link_policy(checkpoint: Path, folder: Path, *, copy: bool = False) -> None:
-    """Links a checkpoint's policy and memory into a folder; a head, gates and what resumes a run stay behind."""
+    """Links a checkpoint's policy and memory into a folder; a head, its gates, results and the rest stay behind."""
     for path in sorted(checkpoint.resolve().iterdir()):
         target = folder / path.name
-        if path.name.startswith(_LEFT_OUT) or target.exists():
+        if not _is_of_a_policy(path.name) or target.exists():
             continue
         if copy:
             (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
         else:
             os.symlink(path, target)
+
+
+def _is_of_a_policy(name: str) -> bool:
+    wanted, other = (any(fnmatch(name, one) for one in names) for names in (_OF_A_POLICY, _NOT_OF_A_POLICY))
+    return wanted and not other
 
 
 def _check_possible(energy: EnergyConfig, cache: FeatureCache) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import draccus
 import yaml
@@ -27,11 +31,15 @@ def parse_flags(path: Path | None = None, args: Sequence[str] | None = None) -> 
 
     Raises:
         draccus.ParsingError: an unknown flag, or a value of a wrong type.
-        ValueError: a value that is not allowed; FlagError: the file cannot be read, or is no YAML file with flags.
+        ValueError: a value that is not allowed; FlagError: the file cannot be read, or is no YAML file with flags, or
+            the run's name is none of a folder.
     """
+    args = sys.argv[1:] if args is None else args
     try:
-        _check_aliases(path, sys.argv[1:] if args is None else args)
-        return draccus.parse(FinetuneConfig, path, args)
+        _check_aliases(path, args)
+        config = draccus.parse(FinetuneConfig, path, keep_texts(args))
+        _check_run_id(config.run_id_override)
+        return config
     except OSError as error:
         raise FlagError(
             f"--config_path {error.filename or path}: {error.strerror or error}; name a YAML file with flags, such as "
@@ -46,6 +54,47 @@ def parse_flags(path: Path | None = None, args: Sequence[str] | None = None) -> 
             "--config_path: the file is no YAML file with flags, such as `batch_size: 8` "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def keep_texts(args: Sequence[str]) -> list[str]:
+    """The command line with the values of text flags quoted: draccus reads each as YAML, where `off` is False.
+
+    Raises:
+        FlagError: a text begins with `include`, which draccus would take for an order to read a file.
+    """
+    texts, kept, flag = set(_text_flags(FinetuneConfig)), list[str](), ""
+    for arg in args:
+        name, joined, value = arg.partition("=")
+        if flag in texts and not arg.startswith("-"):  # else the value is missing, and argparse tells
+            kept.append(_quoted(flag, arg))
+        elif name in texts and joined:
+            kept.append(f"{name}={_quoted(name, value)}")
+        else:
+            kept.append(arg)
+        flag = arg
+    return kept
+
+
+def _quoted(flag: str, text: str) -> str:
+    if text.startswith("include"):
+        raise FlagError(f"{flag} {text}: a text that begins with include cannot be given here; write it in a YAML file")
+    return json.dumps(text, ensure_ascii=False)  # which YAML reads, too
+
+
+def _text_flags(cls: Any, prefix: str = "--") -> Iterator[str]:
+    for entry in fields(cls):
+        if is_dataclass(entry.type):
+            yield from _text_flags(entry.type, f"{prefix}{entry.name}.")
+        elif entry.type in (str, str | None, Path):
+            yield prefix + entry.name
+
+
+def _check_run_id(name: str | None) -> None:
+    """Raises FlagError where a run under this name would lie elsewhere than in a folder of its own below the root."""
+    if name is None:
+        return
+    if name in ("", ".", "..") or any(sign in name for sign in (os.sep, os.altsep) if sign):
+        raise FlagError(f"--run_id_override {name!r}: expected the name of a folder; --run_root_dir says where it lies")
 
 
 def _check_aliases(path: Path | None, args: Sequence[str]) -> None:

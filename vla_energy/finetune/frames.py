@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ class PolicyFrames:
         return self.layer_actions[:, -1]
 
 
+def policy_inputs(folder: Path, stored: OpenVLAConfig) -> dict[str, Any]:
+    """Flags of what a checkpoint's policy reads: `num_images_in_input`, `use_proprio` and `use_film`."""
+    return {
+        "num_images_in_input": stored.num_images,
+        "use_proprio": any(folder.glob("proprio_projector--*_checkpoint.pt")),
+        "use_film": has_film(folder),
+    }
+
+
 class FrameReader:
     """A checkpoint's policy and a dataset it is run on.
 
@@ -108,9 +118,8 @@ class FrameReader:
         if not folder.is_dir():
             raise DatasetError(f"{folder} is not a folder: --checkpoint takes a checkpoint's")
         stored = OpenVLAConfig.from_folder(folder)
-        config.num_images_in_input = stored.num_images
-        config.use_film = has_film(folder)
-        config.use_proprio = any(folder.glob("proprio_projector--*_checkpoint.pt"))
+        for flag, value in policy_inputs(folder, stored).items():
+            setattr(config, flag, value)
         config.use_diffusion = any(folder.glob("noisy_action_projector--*_checkpoint.pt"))
         config.use_l1_regression = not config.use_diffusion and stored.discrete_action_dim is None
         config.num_diffusion_steps_train = stored.num_diffusion_steps_train

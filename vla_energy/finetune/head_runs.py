@@ -13,12 +13,16 @@ from typing import Any
 import draccus
 
 from vla_energy.actions import load_statistics, select_statistics
+from vla_energy.backbones.config import OpenVLAConfig
 from vla_energy.cache import CacheError, FeatureCache, Manifest
+from vla_energy.checkpoint import run_hint
 from vla_energy.config import PRESETS, EnergyConfig, checks
 from vla_energy.data import DatasetError
 from vla_energy.finetune.cached import CachedTraining
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.features import dataset_fingerprint
+from vla_energy.finetune.flags import keep_texts
+from vla_energy.finetune.frames import policy_inputs
 from vla_energy.finetune.setup import data_root, vla_folder
 from vla_energy.fingerprint import fingerprint
 
@@ -67,15 +71,22 @@ class HeadRuns:
     def _config(self, args: argparse.Namespace, folder: Path, energy: EnergyConfig) -> FinetuneConfig:
         per_epoch = len(self.cache) / args.batch_size
         epochs = _EPOCHS if args.epochs is None else args.epochs
+        made_of, data = self.cache.manifest.checkpoint, self.cache.manifest.dataset
         config = FinetuneConfig(
-            vla_path=args.checkpoint or self.cache.manifest.checkpoint["folder"],
+            vla_path=args.checkpoint or made_of["folder"],
+            data_root_dir=args.data_root_dir or data["root"], dataset_name=data["name"],
+            dataset_config=args.dataset_config or data.get("config"),
             run_root_dir=folder.parent, run_id_override=folder.name,
             batch_size=args.batch_size, max_steps=args.max_steps or max(1, math.ceil(epochs * per_epoch)),
             energy_learning_rate=args.learning_rate, energy_warm_steps=args.warm_steps, val_freq=args.val_freq,
             wandb_log_freq=args.log_freq, seed=args.seed, device=args.device, energy=energy,
-            image_aug=False, precision="fp32", use_diffusion=self.cache.manifest.checkpoint["kind"] == "diffusion",
-            use_l1_regression=self.cache.manifest.checkpoint["kind"] == "l1",
+            image_aug=False, use_lora=False, precision=self.cache.manifest.options.get("precision", "fp32"),
+            use_diffusion=made_of["kind"] == "diffusion", use_l1_regression=made_of["kind"] == "l1",
         )  # fmt: skip
+        # Nothing is read through these: settings.json and the report tell of them.
+        policy = vla_folder(config)
+        for flag, value in policy_inputs(policy, OpenVLAConfig.from_folder(policy)).items():
+            setattr(config, flag, value)
         config.check()
         return config
 
@@ -99,7 +110,7 @@ def parse_energy(preset: Mapping[str, Any], given: Mapping[str, str]) -> EnergyC
         path.write_text(json.dumps({"energy": {**preset, "freeze_backbone": True}}))
         flags = [text for name, value in given.items() for text in (f"--{name}", value)]
         try:
-            return draccus.parse(FinetuneConfig, path, flags).energy
+            return draccus.parse(FinetuneConfig, path, keep_texts(flags)).energy
         except (draccus.ParsingError, ValueError) as error:
             raise FlagError(f"{error}" + (f" ({error.__cause__})" if error.__cause__ else "")) from error
 
@@ -125,6 +136,8 @@ def check_made_of(
     folder, name = vla_folder(given), manifest.dataset["name"]
     if not folder.is_dir():
         raise CacheError(f"{made_here}: its checkpoint {folder} is not there; say with --checkpoint where it is")
+    if hint := run_hint(folder):
+        raise CacheError(f"{made_here}: {folder} is no checkpoint{hint}")
     build = f"build a cache of these: {_again(manifest, checkpoint, root, config)}"
     _check_statistics(manifest, folder, made_here, build)
     if fingerprint(folder, policy_only=True) != manifest.checkpoint["fingerprint"]:

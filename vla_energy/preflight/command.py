@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     )  # fmt: skip
     vla = reader.vla
     advisor = load_advisor(
-        args.checkpoint, reader.statistics, vla.horizon, vla.action_dim, vla.context_dim, reader.device
-    )
+        args.checkpoint, reader.statistics, vla.horizon, vla.action_dim, vla.context_dim, reader.device,
+        calibrates=True,
+    )  # fmt: skip
     if not advisor.modes:
         raise ValueError(f"{args.checkpoint} has neither an energy head nor a memory: nothing could replace its chunks")
     if advisor.memory is not None and args.split == "train":
