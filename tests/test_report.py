@@ -23,9 +23,14 @@ from vla_energy.report.curves import ALARM, COLOURS, PLOTS, draw, series_of, spa
 from vla_energy.report.figures import CHANCE
 from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
+from vla_energy.report.preflight import write_page
 from vla_energy.report.runs import ReportError, Run, read_run, read_runs
 from vla_energy.results import read_rows
 
+_JUDGED = {
+    "verdict": {"reasons": ["use rerank"]}, "modes": {}, "tasks": {},
+    "policy": {"forward_ms": 1.0, "frames": 2, "episodes": 2, "by_step": [0.1]},
+}  # fmt: skip
 _VOID = {"meta", "br", "link", "img", "input"}
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -376,6 +381,31 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert Path(told["written"]).is_file() and told["runs"][0]["last"]["val/finetune/l1_val"] == 0.1
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path, there: bool) -> None:
+    other, link = tmp_path / "other.html", tmp_path / "report.html"
+    if there:
+        other.write_text("another run's")
+    for write in (
+        lambda: write_report([Run(tmp_path, label="a")], link),
+        lambda: write_page({**_JUDGED, "settings": {}}, link),
+    ):
+        link.unlink(missing_ok=True)
+        link.symlink_to(other)
+        assert "<h1>" in write().read_text() and not link.is_symlink()
+        assert other.read_text() == "another run's" if there else not other.exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"other.html", "report.html"}
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"cannot write .*r\.html: .*No space left"):
+        write_report([Run(tmp_path, label="a")], tmp_path / "r.html")
 
 
 @pytest.mark.parametrize(

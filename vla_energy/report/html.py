@@ -17,7 +17,7 @@ from vla_energy.report.footage import footage_figure, lack
 from vla_energy.report.landscapes import landscape_figures
 from vla_energy.report.page import cell, details, page, table
 from vla_energy.report.runs import Run
-from vla_energy.results import FOOTAGE, finite
+from vla_energy.results import FOOTAGE, finite, write_whole
 
 
 def write_report(runs: Sequence[Run], out: str | Path) -> Path:
@@ -35,7 +35,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
         raise ValueError("there is no run to report on")
     title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     parts = tqdm(_parts(runs, title), desc="drawing", disable=None, leave=False)  # silent where stderr is no terminal
-    Path(out).write_text(page(html.escape(title), [part() for part in parts]), encoding="utf-8", errors="replace")
+    write_whole(out, page(html.escape(title), [part() for part in parts]))
     return Path(out)
 
 

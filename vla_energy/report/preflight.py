@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vla_energy.report.page import details, page, table
+from vla_energy.results import write_whole
 
 
 def write_page(result: Mapping[str, Any], out: str | Path) -> Path:
-    """Writes what `preflight.verdict.judge` gives, with `settings`, as a page."""
+    """Writes what `preflight.verdict.judge` gives, with `settings`, as a page.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     first, *rest = result["verdict"]["reasons"]
     policy = result["policy"]
     body = [
@@ -37,7 +42,7 @@ def write_page(result: Mapping[str, Any], out: str | Path) -> Path:
         *_trials(result["tasks"]),
         details("Settings", result.get("settings", {})),
     ]  # fmt: skip
-    Path(out).write_text(page("Preflight", body), encoding="utf-8")
+    write_whole(out, page("Preflight", body))
     return Path(out)
 
 
