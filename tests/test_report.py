@@ -330,6 +330,13 @@ def test_lines_and_axes_are_seen(tmp_path: Path) -> None:
     )
 
 
+def test_the_terms_hold_the_centre_and_say_that_they_are_unweighted(tmp_path: Path) -> None:
+    page = write_report(read_runs([write_run(tmp_path / "a")]), tmp_path / "r.html").read_text(encoding="utf-8")
+    terms = ElementTree.tostring(_drawings(page)["Terms of the energy loss"], encoding="unicode")
+    assert all(f">{name}</" in terms for name in ("info_nce", "chance", "centre 0", "centre 1"))
+    assert "Each before its weight" in page and "is usually most of it" in page
+
+
 @pytest.mark.parametrize("smallest", [0.1, 0.0, -1.0])
 def test_the_first_step_does_not_flatten_the_terms(smallest: float) -> None:
     anchors = [500.0, *(2.0 + n / 30 for n in range(29))]
