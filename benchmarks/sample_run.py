@@ -35,6 +35,7 @@ def rollout(tasks: tuple[str, ...] = ("reach", "press")) -> dict[str, Any]:
     """Results of `vla-energy rollout`."""
     arm = {"episodes": 5, "success": 0.6, "interval": [0.2, 0.9], "milliseconds_per_decision": {"mean": 15.0}}
     change = {"baseline": "policy", "difference": 0.2, "interval": [-0.1, 0.4]}
+    change |= {"won": 2, "lost": 1, "p_value": 1.0, "pairs": 5}
     compared = {"arms": {"policy": arm, "rerank": arm}, "differences": {"rerank": change}}
     return {"overall": compared, "tasks": dict.fromkeys(tasks, compared)}
 

@@ -232,6 +232,47 @@ def test_arms_that_are_the_same_policy_are_told(
     assert "An interval that holds 0 does not show a difference" in page
 
 
+@pytest.mark.parametrize(
+    ("change", "cells", "drawn"),
+    [
+        ({"won": 4, "lost": 0, "p_value": 0.125}, ("+5 to +40", "4 : 0", "0.125"), True),
+        ({}, ("+5 to +40", "n/a", "n/a"), True),  # an older file
+        (
+            {"difference": 0, "interval": [0, 0], "won": 0, "lost": 0, "p_value": 1.0},
+            ("n/a (no pair differed)",),
+            False,
+        ),
+        ({"difference": 0, "interval": [0, 0]}, ("n/a (no pair differed)",), False),
+        ({"difference": 1, "interval": [1, 1], "won": 2, "lost": 0}, ("n/a (pairs of a task are alike)",), True),
+    ],
+)
+def test_the_paired_test_is_told(tmp_path: Path, change: dict, cells: tuple[str, ...], drawn: bool) -> None:
+    home, found = write_run(tmp_path / "a"), rollout()
+    found["overall"]["differences"] = {
+        "rerank": {"baseline": "policy", "difference": 0.2, "interval": [0.05, 0.4]} | change
+    }
+    (home / "rollout.json").write_text(json.dumps(found))
+    page = write_report([read_run(home)], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page and "+0 to +0" not in page
+    assert ("Paired difference in success" in _drawings(page)) == drawn and "Read p there" in page
+
+
+def test_an_effect_without_width_has_no_interval(tmp_path: Path) -> None:
+    found = {"l1_policy": 0.1, "l1_gated": 0.1, "change": 0.0, "interval": [0.0, 0.0], "gap_closed": 0.0}
+    found |= {"accepted": 0.0, "worse": None, "episodes": 9}
+    mode = {"effect": found, "spearman": 0.5, "ms": 1.0, "sources": {}, "bands": {}}
+    other = mode | {"effect": found | {"accepted": 0.5, "episodes": 1}}
+    modes = {"rerank": mode, "refine": other, "retrieve": mode | {"effect": found | {"accepted": 0.5}}}
+    page = write_page({**_JUDGED, "modes": modes, "settings": {}}, tmp_path / "p.html").read_text()
+    told = ("n/a (no chunk replaced)", "n/a (one episode)", "+0 to +0%")
+    assert [page.count(f"<td>{text}</td>") for text in told] == [1, 1, 1]
+    judged = preflight()
+    judged["modes"]["refine"] = mode
+    run = Run(tmp_path, preflight=judged, label="a")
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Not drawn, as no chunk was replaced: refine." in page
+
+
 def test_a_checkpoint_is_reported_with_its_run(tmp_path: Path) -> None:
     home = write_run(tmp_path / "mine")
     latest, numbered = home / "latest", tmp_path / "mine--20_chkpt"

@@ -99,7 +99,14 @@ _ARM = {
     "accepted_share": Optional(NUMBER),
     "milliseconds_per_decision": {"mean": NUMBER},
 }
-_DIFFERENCE = {"baseline": TEXT, "difference": NUMBER, "interval": INTERVAL}
+_DIFFERENCE = {
+    "baseline": TEXT,
+    "difference": NUMBER,
+    "interval": INTERVAL,
+    "won": Optional(COUNT),
+    "lost": Optional(COUNT),
+    "p_value": Optional(NUMBER),
+}
 _COMPARED = {"arms": Each(_ARM), "differences": Each(_DIFFERENCE)}
 ROLLOUT = {
     "overall": _COMPARED,

@@ -11,7 +11,6 @@ from vla_energy.report.runs import Run
 from vla_energy.results import finite
 
 _MARKERS = "osD^v<>P"
-_MOST_TASKS = 24
 
 CHANCE = "#d9534f"
 
@@ -69,69 +68,17 @@ def bands(runs: Sequence[Run]) -> str:
 def effects(run: Run) -> str:
     """What each mode does to the held-out L1 behind its gate, with preflight's intervals over episodes."""
     modes = (run.preflight or {}).get("modes") or {}
+    found = {mode: values["effect"] for mode, values in modes.items()}
+    idle = [mode for mode, values in found.items() if values["change"] == 0 and not any(values["interval"])]
     points = {
-        mode: (100 * values["effect"]["change"], *(100 * end for end in values["effect"]["interval"]))
-        for mode, values in modes.items()
+        mode: (100 * values["change"], *(100 * end for end in values["interval"]))
+        for mode, values in found.items()
+        if mode not in idle
     }
     note = "95 % intervals over episodes; negative is better. A lower L1 is no promise of success."
+    note += f" Not drawn, as no chunk was replaced: {', '.join(idle)}." if idle else ""
     title = f"Preflight: change of the held-out L1, {run.label}"
     return dots(title, {run.label: points}, "percent of the policy's L1", None, 0.0, note, single=True)
-
-
-def success(runs: Sequence[Run]) -> str:
-    """Success by arm with its interval, overall and by task."""
-    overall, parts = {}, []
-    for run in runs:
-        if run.rollout is None:
-            continue
-        overall[run.label] = _rates(run.rollout["overall"])
-        tasks = run.rollout["tasks"]
-        if 1 < len(tasks) <= _MOST_TASKS:
-            arms = list(run.rollout["overall"]["arms"])
-            by_arm = {arm: {task: _rates(part)[arm] for task, part in tasks.items()} for arm in arms}
-            title = "Success by task" if len(runs) == 1 else f"Success by task, {run.label}"
-            parts.append(dots(title, by_arm, "percent of episodes", (0, 100)))
-    note = "95 % intervals (Wilson) of each arm alone; the paired differences are in the table."
-    whole = dots("Success in closed loop", overall, "percent of episodes", (0, 100), note=note, single=len(runs) == 1)
-    return whole + "".join(parts)
-
-
-def differences(runs: Sequence[Run]) -> str:
-    """Paired difference of each arm to the first, with its interval."""
-    points = {
-        run.label: {
-            f"{arm} - {values['baseline']}": (100 * values["difference"], *(100 * end for end in values["interval"]))
-            for arm, values in run.rollout["overall"]["differences"].items()
-        }
-        for run in runs
-        if run.rollout is not None
-    }
-    note = "Arms ran the same seeds. An interval that holds 0 does not show a difference, nor that there is none."
-    return dots("Paired difference in success", points, "points", None, 0.0, note, single=len(runs) == 1)
-
-
-def same_as_baseline(run: Run) -> list[str]:
-    """A sentence for each arm that executed the chunks of the arm it is compared with, as its gate let nothing through.
-
-    Arms that decide at other steps (`policy@2`) execute other chunks of the same policy and are left out.
-    """
-    if run.rollout is None:
-        return []
-    arms = run.rollout["overall"]["arms"]
-    margins = ((run.rollout.get("meta") or {}).get("checkpoint") or {}).get("gates") or {}
-    told = []
-    for arm, values in run.rollout["overall"]["differences"].items():
-        baseline = values["baseline"]
-        (mode, _, every), (_, _, every_baseline) = arm.partition("@"), baseline.partition("@")
-        replaced = [arms.get(name, {}).get("accepted_share") for name in (arm, baseline)]
-        if replaced == [0, 0] and every == every_baseline and values["difference"] == 0:
-            shut = mode in margins and margins[mode] is None
-            why = "the gate was shut" if shut else "the gate let no candidate through"
-            told.append(
-                f"{arm}: {why}, so that {arm} and {baseline} executed the same chunks. Both arms are the same policy: "
-                "this says nothing about what the head would do."
-            )
-    return told
 
 
 def gate(run: Run, several: bool = False) -> str:
@@ -224,10 +171,3 @@ def dots(
     if len(shown) > 1 and not single:
         legend(figure)
     return figure_html(figure, title, note=note)
-
-
-def _rates(part: Mapping[str, Any]) -> dict[str, Point]:
-    return {
-        arm: (100 * values["success"], *(100 * end for end in values["interval"]))
-        for arm, values in part["arms"].items()
-    }

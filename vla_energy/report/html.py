@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from vla_energy.report import figures
+from vla_energy.report.closed_loop import closed_loop
 from vla_energy.report.compare import differing_settings, headlines, last_metrics
 from vla_energy.report.curves import PLOTS, draw
 from vla_energy.report.footage import footage_figure, lack
@@ -68,7 +68,7 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
             "What each margin would let through, on episodes that did not set it.",
         ),
         *each(lambda run: _gates(run, several)),
-        lambda: _closed_loop(runs),
+        lambda: closed_loop(runs),
         *(partial(footage_figure, run, number, several) for number, run in enumerate(runs)),
         *each(_seconds),
         *folded,
@@ -190,42 +190,6 @@ def _gates(run: Run, several: bool) -> str:
     tasks = list((run.gates.get("tasks") or {}).items())
     chosen = table(("task", "recommended arm"), tasks) if tasks else ""
     return f"<h3>{title}</h3>{table(('mode', 'margin'), rows)}{chosen}"
-
-
-def _closed_loop(runs: Sequence[Run]) -> str:
-    parts = ["<h2>Closed loop</h2>"]
-    plots = [figures.success(runs), figures.differences(runs)]
-    if not any(run.rollout for run in runs):
-        return parts[0] + f"<p>No rollout: {html.escape(str(runs[0].metrics.get('rollout_reason') or 'not run'))}</p>"
-    parts.append(f"<div class='plots'>{''.join(plots)}</div>")
-    columns = ("task", "arm", "episodes", "success", "95% interval", "difference", "95% interval", "ms a decision")
-    for run in runs:
-        if run.rollout is not None:
-            parts.append(f"<h3>{html.escape(run.label)}</h3>" if len(runs) > 1 else "")
-            parts += [f"<p class='verdict'>{html.escape(text)}</p>" for text in figures.same_as_baseline(run)]
-            parts.append("<p>Arms are paired by seed; the difference is to the first arm.</p>")
-            parts.append(table(columns, _rollout_rows(run.rollout)))
-    return "".join(parts)
-
-
-def _rollout_rows(rollout: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
-    for task, summary in [*rollout["tasks"].items(), ("overall", rollout["overall"])]:
-        for arm, values in summary["arms"].items():
-            low, high = values["interval"]
-            row = (
-                task,
-                arm,
-                values["episodes"],
-                f"{100 * values['success']:.0f}%",
-                f"{100 * low:.0f} to {100 * high:.0f}",
-            )
-            change = summary["differences"].get(arm)
-            if change is None:
-                paired = ("", "")
-            else:
-                low, high = change["interval"]
-                paired = (f"{100 * change['difference']:+.0f} points", f"{100 * low:+.0f} to {100 * high:+.0f}")
-            yield (*row, *paired, f"{values['milliseconds_per_decision']['mean']:.1f}")
 
 
 def _seconds(run: Run) -> str:

@@ -50,15 +50,20 @@ def _percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.0f}%"
 
 
-def _span(interval: Any) -> str:
-    low, high = interval
+def _span(found: Mapping[str, Any]) -> str:
+    """An effect's interval; one without width says nothing of other episodes."""
+    if not found["accepted"]:
+        return "n/a (no chunk replaced)"
+    if found["episodes"] < 2:
+        return "n/a (one episode)"
+    low, high = found["interval"]
     return f"{100 * low:+.0f} to {100 * high:+.0f}%"
 
 
 def _mode(mode: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
     found = values["effect"]
     return (
-        mode, found["l1_policy"], found["l1_gated"], f"{100 * found['change']:+.0f}%", _span(found["interval"]),
+        mode, found["l1_policy"], found["l1_gated"], f"{100 * found['change']:+.0f}%", _span(found),
         _percent(found["gap_closed"]), _percent(found["accepted"]), _percent(found["worse"]), values["spearman"],
         f"{values['ms']:.2f}",
     )  # fmt: skip
@@ -78,7 +83,7 @@ def _bands(modes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def _tasks(tasks: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     return [
-        (task, values["use"], mode, found["l1_policy"], found["l1_gated"], _span(found["interval"]))
+        (task, values["use"], mode, found["l1_policy"], found["l1_gated"], _span(found))
         for task, values in tasks.items()
         for mode, found in values["effects"].items()
     ]
