@@ -257,6 +257,33 @@ def test_the_paired_test_is_told(tmp_path: Path, change: dict, cells: tuple[str,
     assert ("Paired difference in success" in _drawings(page)) == drawn and "Read p there" in page
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"complete": False, "settings": {"tasks": ["reach", "press", "<open>"]}},
+            ": 1 of 3 tasks have no results (<open>)",
+        ),
+        (
+            {"complete": True, "settings": {"tasks": ["reach", "press", "<open>"]}},
+            ": 1 of 3 tasks have no results (<open>)",
+        ),
+        ({"complete": False}, ";"),
+        ({"complete": True, "settings": {"tasks": ["reach", "press"]}}, None),
+        ({}, None),  # an older file
+    ],
+)
+def test_rollouts_that_are_not_finished_are_told(tmp_path: Path, more: dict, told: str | None) -> None:
+    home = write_run(tmp_path / "a")
+    (home / "rollout.json").write_text(json.dumps(rollout() | more))
+    run = read_run(home)
+    assert [note[: len(told or "") + 29] for note in run.notes] == (
+        [f"the rollouts are not finished{told}"] if told else []
+    )
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert ("Take care" in page) == bool(told)
+
+
 def test_an_effect_without_width_has_no_interval(tmp_path: Path) -> None:
     found = {"l1_policy": 0.1, "l1_gated": 0.1, "change": 0.0, "interval": [0.0, 0.0], "gap_closed": 0.0}
     found |= {"accepted": 0.0, "worse": None, "episodes": 9}

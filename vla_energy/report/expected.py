@@ -111,6 +111,8 @@ _COMPARED = {"arms": Each(_ARM), "differences": Each(_DIFFERENCE)}
 ROLLOUT = {
     "overall": _COMPARED,
     "tasks": Each(_COMPARED),
+    "complete": Optional(ANY),
+    "settings": Optional({"tasks": Optional(Each(TEXT, list))}),
     "meta": Optional({"checkpoint": Optional({"gates": Optional(Each(READING)), "fingerprint": Optional(TEXT)})}),
 }
 _MODE = {"effect": {"change": NUMBER, "interval": INTERVAL}, "bands": BANDS, "curve": CURVE}
