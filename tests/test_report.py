@@ -23,6 +23,7 @@ from vla_energy.report.curves import ALARM, COLOURS, PLOTS, draw, series_of, spa
 from vla_energy.report.figures import CHANCE
 from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
+from vla_energy.report.notes import across
 from vla_energy.report.preflight import write_page
 from vla_energy.report.runs import ReportError, Run, read_run, read_runs
 from vla_energy.results import read_rows
@@ -282,6 +283,36 @@ def test_rollouts_that_are_not_finished_are_told(tmp_path: Path, more: dict, tol
     )
     page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
     assert ("Take care" in page) == bool(told)
+
+
+def _with(
+    label: str, rolled: dict | None = None, energy: dict | None = None, tasks: tuple[str, ...] = ("reach",)
+) -> Run:
+    found = rollout(tasks) | ({} if rolled is None else {"settings": rolled})
+    return Run(Path(label), label=label, rollout=found, settings={"energy": energy or {"loss": {"margin": 0.0}}})
+
+
+def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"episodes": 10, "seed": 0, "replan_every": 4, "backend": "metaworld"}
+    alike = [_with("a", run), _with("b", {**run, "workers": 3}), _with("old")]
+    assert across(alike) == across(alike[:1]) == []
+    (rolled,) = across([_with("a", run), _with("b", {**run, "seed": 500, "replan_every": 8}, tasks=("reach", "press"))])
+    assert "differ in tasks (a: 1, b: 2); seed (a: 0, b: 500); replan_every (a: 4, b: 8):" in rolled
+    other = [_with("a"), _with("b", energy={"loss": {"margin": 1.0}, "range": {"name": "tanh"}, "guard": {"clip": 2}})]
+    (scales,) = across(other)
+    assert scales.startswith("settings below energy.loss, energy.range differ: losses, energies and win rates")
+    page = write_report(other, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"<h2>Take care</h2><ul><li>{scales}</li></ul>" in page
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    (folders[0] / "settings.json").write_text(json.dumps({"flags": {"energy": {"loss": {"info_nce": 1.0}}}}))
+    assert cli.main(["report", *map(str, folders)]) == 0
+    assert "energy.loss, energy.range differ" in capsys.readouterr().out
+
+
+def test_a_legend_names_the_runs_that_have_a_curve() -> None:
+    shown = {"first": [{"step": 1, "train/l1": 0.5}], "second": [{"step": n, "energy/loss": 1.0} for n in (1, 2)]}
+    drawn = draw(shown, *next(plot for plot in PLOTS if plot[0] == "Energy loss"))
+    assert ">second</" in drawn and ">first</" not in drawn and COLOURS[1] in drawn
 
 
 def test_an_effect_without_width_has_no_interval(tmp_path: Path) -> None:

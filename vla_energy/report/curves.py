@@ -123,7 +123,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
     if title in _LOG:
         _log_scale(axes, [value for series in found.values() for _, values in series.values() for value in values])
     if len(runs) > 1:
-        _legend_of_runs(figure, list(runs), names)
+        _legend_of_runs(figure, found, names)
     elif len(names) > 1:
         legend(figure)
     _whole_run(axes, [row["step"] for rows in runs.values() for row in rows], list(spans.values()))
@@ -175,15 +175,17 @@ def _told(spans: Mapping[str, Sequence[tuple[int, int, int]]]) -> str:
     return f"Not finite (red at the bottom): {'; '.join(told)}." if told else ""
 
 
-def _legend_of_runs(figure: Any, runs: Sequence[str], names: Sequence[str]) -> None:
-    """A colour a run and a dash a metric: shorter than an entry for each curve."""
+def _legend_of_runs(figure: Any, found: Mapping[str, Series], names: Sequence[str]) -> None:
+    """A colour a run that has a curve and a dash a metric: shorter than an entry for each curve."""
     from matplotlib.lines import Line2D
 
-    entries = [Line2D([], [], color=COLOURS[n % len(COLOURS)], lw=1.6, label=run) for n, run in enumerate(runs)]
+    drawn = [(COLOURS[n % len(COLOURS)], run) for n, (run, series) in enumerate(found.items()) if series]
+    entries = [Line2D([], [], color=colour, lw=1.6, label=run) for colour, run in drawn]
     if len(names) > 1:
         dashes = [_DASHES[n % len(_DASHES)] for n in range(len(names))]
         entries += [Line2D([], [], color=INK, lw=1.6, ls=d, label=n) for d, n in zip(dashes, names, strict=True)]
-    legend(figure, entries)
+    if entries:
+        legend(figure, entries)
 
 
 def legend(figure: Any, entries: Sequence[Any] | None = None) -> None:

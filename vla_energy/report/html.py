@@ -15,6 +15,7 @@ from vla_energy.report.compare import differing_settings, headlines, last_metric
 from vla_energy.report.curves import PLOTS, draw
 from vla_energy.report.footage import footage_figure, lack
 from vla_energy.report.landscapes import landscape_figures
+from vla_energy.report.notes import across
 from vla_energy.report.page import cell, details, page, table
 from vla_energy.report.runs import Run
 from vla_energy.results import FOOTAGE, finite, write_whole
@@ -51,7 +52,7 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
         ),
         *each(lambda run: _alarm(run, several)),
         lambda: _comparison(runs) if several else _cards(runs[0]),
-        lambda: _told("Take care", [(run, "", note) for run in runs for note in run.notes], runs),
+        lambda: _told("Take care", _notes(runs), runs),
         lambda: _told("Not on this page", [(run, *lacks) for run in runs for lacks in _lacking(run).items()], runs),
         *each(lambda run: _preflight(run, several)),
         lambda: _section("Curves", [draw(rows, *plot) for plot in PLOTS], _curves_note(runs)),
@@ -74,6 +75,12 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
         *folded,
         lambda: last_metrics(runs),
     ]
+
+
+def _notes(runs: Sequence[Run]) -> list[tuple[Run | None, str, str]]:
+    """What is to be known of all runs, then of each."""
+    own = [(run, "", note) for run in runs for note in run.notes]
+    return [*((None, "", note) for note in across(runs)), *own]
 
 
 def _lacking(run: Run) -> dict[str, str]:
@@ -140,11 +147,12 @@ def _comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def _told(title: str, lines: Sequence[tuple[Run, str, str]], runs: Sequence[Run]) -> str:
-    """A list of a run, what it is about (may be empty) and a sentence."""
+def _told(title: str, lines: Sequence[tuple[Run | None, str, str]], runs: Sequence[Run]) -> str:
+    """A list of a run (None: all), what it is about (may be empty) and a sentence."""
     shown = []
     for run, name, text in lines:
-        about = (_of(name, run, runs) if name else html.escape(run.label)) if name or len(runs) > 1 else ""
+        about = "" if run is None else _of(name, run, runs) if name else html.escape(run.label)
+        about = about if name or len(runs) > 1 else ""
         shown.append(f"<li>{f'<b>{about}</b>: ' if about else ''}{html.escape(text)}</li>")
     return f"<h2>{title}</h2><ul>{''.join(shown)}</ul>" if shown else ""
 
