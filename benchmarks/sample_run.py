@@ -82,7 +82,7 @@ def metrics(with_rollout: bool = True) -> dict[str, Any]:
     return {
         "finetune": {"l1_val": 0.1, "l1_val_before": 0.5},
         "energy": {"win_rate": {"in_batch": 0.995, "<odd>": 0.5}, "spearman": None},
-        "rerank": {"l1_policy": 0.1, "l1_reranked": 0.08, "l1_oracle": 0.05},
+        "rerank": {"l1_policy": 0.1, "l1_reranked": 0.08, "l1_gated": 0.09, "l1_oracle": 0.05, "kept": 0.4},
         "gate": {"margin": 0.5},
         "rollout": rollout() if with_rollout else None,
         "rollout_reason": None if with_rollout else "no OpenGL library",
@@ -95,7 +95,14 @@ def write_run(folder: Path, shift: float = 0.0, rate: float = 1e-3) -> Path:
     """The folder of a run that has everything."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(shift=shift)))
-    stored = {"flags": {"seed": 7, "learning_rate": rate, "energy": {"range": {"name": "softplus"}}}, "versions": {}}
+    stored = {
+        "flags": {
+            "seed": 7,
+            "learning_rate": rate,
+            "energy": {"range": {"name": "softplus"}, "rerank": {"margin": 0.5}},
+        },
+        "versions": {},
+    }
     files = {"metrics.json": metrics(), "rollout.json": rollout(), "preflight.json": preflight()}
     files |= {"shapes.json": shapes(), "footage.json": footage(), "settings.json": stored}
     files |= {"energy_gates.json": {"margins": {"rerank": None, "retrieve": 0.0}, "tasks": {"reach": "retrieve@2"}}}

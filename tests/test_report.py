@@ -315,6 +315,48 @@ def test_a_legend_names_the_runs_that_have_a_curve() -> None:
     assert ">second</" in drawn and ">first</" not in drawn and COLOURS[1] in drawn
 
 
+def test_remedies_fit_the_run(tmp_path: Path) -> None:
+    def missing(name: str, energy: dict, head: bool = False) -> dict[str, str]:
+        (folder := tmp_path / name).mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1, "train/l1": 0.5}\n')
+        (folder / "settings.json").write_text(json.dumps({"flags": {"energy": energy}}))
+        if head:
+            (folder / "energy_head--1_checkpoint.safetensors").write_bytes(b"")
+        return read_run(folder).missing
+
+    whole = str(missing("whole", {"enabled": True}))
+    assert "--use_val_set True" in whole and "--val-cache" not in whole and "written at each validation" in whole
+    head = str(missing("head", {"enabled": True, "freeze_backbone": True}, head=True))
+    assert "train-head with --val-cache DIR" in head and "--use_val_set" not in head
+    live = str(missing("live", {"freeze_backbone": True}))
+    assert "--use_val_set" in live and "--val-cache" in live
+    assert set(missing("off", {"enabled": False})) == {"energy head", "closed loop", "frames of an episode"}
+
+
+@pytest.mark.parametrize("name", ["preflight", "rollout"])
+@pytest.mark.parametrize("text", ["# notes", "[1]"])
+def test_a_named_file_is_not_to_be_deleted(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "notes.md").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(
+        ReportError, match=rf"notes\.md .*: name a file that vla-energy {name} wrote after --{name}"
+    ) as e:
+        read_run(tmp_path, **{name: tmp_path / "notes.md"})
+    assert "delete" not in str(e.value)
+
+
+def test_tables_say_what_they_hold(tmp_path: Path) -> None:
+    bare = [Run(tmp_path, rows=[{"step": 1, "energy/win_rate/in_batch": 0.5}], label=label) for label in "ab"]
+    page = write_report(bare, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Ranking in training, last row" in page and "Ranking, held out" not in page
+    gates = {"margins": {"rerank": None, "retrieve": 0.0}}
+    settings = {"energy": {"rerank": {"margin": 0.25}}}
+    run = Run(tmp_path, metrics={"rerank": {"l1_gated": 0.1, "kept": 0.5}}, gates=gates, settings=settings, label="a")
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<td>L1 behind the gate</td>" in page and "energy.rerank.margin (0.25), not the calibrated one" in page
+    assert "<td>shut</td>" in page and "<td>retrieve</td><td>none: it has no gate</td>" in page
+
+
 def test_an_effect_without_width_has_no_interval(tmp_path: Path) -> None:
     found = {"l1_policy": 0.1, "l1_gated": 0.1, "change": 0.0, "interval": [0.0, 0.0], "gap_closed": 0.0}
     found |= {"accepted": 0.0, "worse": None, "episodes": 9}

@@ -15,7 +15,7 @@ from vla_energy.report.compare import differing_settings, headlines, last_metric
 from vla_energy.report.curves import PLOTS, draw
 from vla_energy.report.footage import footage_figure, lack
 from vla_energy.report.landscapes import landscape_figures
-from vla_energy.report.notes import across
+from vla_energy.report.notes import across, rerank_margin
 from vla_energy.report.page import cell, details, page, table
 from vla_energy.report.runs import Run
 from vla_energy.results import FOOTAGE, finite, write_whole
@@ -93,6 +93,13 @@ def _of(name: str, run: Run, runs: Sequence[Run]) -> str:
     return name if len(runs) == 1 else f"{name}, {html.escape(run.label)}"
 
 
+_RERANK = {
+    "l1_policy": "L1 of the policy",
+    "l1_reranked": "L1 of the lowest energy, no gate",
+    "l1_gated": "L1 behind the gate",
+    "l1_oracle": "L1 of the best candidate",
+    "kept": "share of frames on which that gate keeps the policy's chunk",
+}
 _NAMED = 6  # metrics in the alarm's sentence
 
 
@@ -178,15 +185,19 @@ def _preflight(run: Run, several: bool) -> str:
 
 
 def _ranking(runs: Sequence[Run]) -> str:
-    plots = [figures.win_rates(runs), figures.bands(runs)]
-    plots += [figures.training_win_rates(runs)] if len(runs) > 1 else []
-    section = _section("Ranking, held out", plots)
+    section = _section("Ranking, held out", [figures.win_rates(runs), figures.bands(runs)])
+    if len(runs) > 1:
+        section += _section("Ranking in training, last row", [figures.training_win_rates(runs)])
     rerank = [(run, run.metrics.get("rerank") or {}) for run in runs]
     names = dict.fromkeys(name for _, values in rerank for name in values)
     if names:
-        rows = [(name, *(values.get(name) for _, values in rerank)) for name in names]
+        rows = [(_RERANK.get(name, name), *(values.get(name) for _, values in rerank)) for name in names]
         columns = ("measure", *(["value"] if len(runs) == 1 else [run.label for run in runs]))
-        section += "<h2>Reranking, held out</h2>" + table(columns, rows)
+        margins = ", ".join(f"{f'{run.label}: ' if len(runs) > 1 else ''}{rerank_margin(run)}" for run in runs)
+        note = (
+            f"The gate here has the margin of the settings, energy.rerank.margin ({margins}), not the calibrated one."
+        )
+        section += f"<h2>Reranking, held out</h2><p>{html.escape(note)}</p>{table(columns, rows)}"
     return section
 
 
@@ -194,10 +205,12 @@ def _gates(run: Run, several: bool) -> str:
     if run.gates is None:
         return ""
     title = f"Calibrated gates of the checkpoint, {html.escape(run.label)}" if several else "Calibrated gates"
-    rows = [(mode, "shut" if margin is None else margin) for mode, margin in (run.gates.get("margins") or {}).items()]
+    margins = run.gates.get("margins") or {}
+    shown = {mode: "shut" if margin is None else margin for mode, margin in margins.items()}
+    shown |= {"retrieve": "none: it has no gate"} if "retrieve" in shown else {}
     tasks = list((run.gates.get("tasks") or {}).items())
     chosen = table(("task", "recommended arm"), tasks) if tasks else ""
-    return f"<h3>{title}</h3>{table(('mode', 'margin'), rows)}{chosen}"
+    return f"<h3>{title}</h3>{table(('mode', 'margin'), shown.items())}{chosen}"
 
 
 def _seconds(run: Run) -> str:

@@ -23,16 +23,12 @@ _ROLLED = ("episodes", "seed", "replan_every", "backend", "step_limits")
 def tell_missing(run: Run, home: Path | None) -> None:
     """Fills in `Run.missing`; `home` is the folder with `metrics.jsonl`."""
     name = run.folder
-    if run.rows and not run.metrics.get("energy"):
-        run.missing["held-out ranking"] = "no validation of a head in metrics.jsonl: train with --use_val_set True"
+    if _energy(run).get("enabled") is False:
+        run.missing["energy head"] = "this run trained with --energy.enabled False: it has no ranking and no gate"
+    else:
+        _tell_unmeasured(run, home)
     if run.rows and not run.settings:
         run.missing["settings"] = f"no {SETTINGS}: flags and versions of this run are not known"
-    if run.shapes is None:
-        run.missing["landscapes and the gate's curve"] = (
-            f"no {SHAPES}: written at the end of a run with --use_val_set True and an energy head"
-        )
-    if run.preflight is None:
-        run.missing["preflight"] = f"no preflight.json: vla-energy preflight ... --out {name}, or --preflight FILE"
     if run.rollout is None:
         reason = run.metrics.get("rollout_reason")
         run.missing["closed loop"] = (
@@ -41,6 +37,37 @@ def tell_missing(run: Run, home: Path | None) -> None:
         )
     if run.footage is None:
         run.missing["frames of an episode"] = f"no {FOOTAGE}: vla-energy rollout ... --footage {name}/{FOOTAGE}"
+
+
+def _tell_unmeasured(run: Run, home: Path | None) -> None:
+    """What validation and preflight would tell of the head."""
+    remedy = "train with --use_val_set True"
+    # Only train-head leaves a head beside its metrics; while it trains, its settings look like any frozen policy's.
+    if home is not None and any(home.glob("energy_head--*")):
+        remedy = "train-head with --val-cache DIR"
+    elif _energy(run).get("freeze_backbone") is True:
+        remedy += ", train-head with --val-cache DIR"
+    if run.rows and not run.metrics.get("energy"):
+        run.missing["held-out ranking"] = f"no validation of a head in metrics.jsonl: {remedy}"
+    if run.shapes is None:
+        run.missing["landscapes and the gate's curve"] = (
+            f"no {SHAPES}: written at each validation of an energy head: {remedy}"
+        )
+    if run.preflight is None:
+        where = f"--out {run.folder}, or --preflight FILE"
+        run.missing["preflight"] = f"no preflight.json: vla-energy preflight ... {where}"
+
+
+def _energy(run: Run) -> dict[str, Any]:
+    """Its flags `--energy.*`; empty where it has stored none."""
+    stored = run.settings.get("energy")
+    return stored if isinstance(stored, dict) else {}
+
+
+def rerank_margin(run: Run) -> Any:
+    """The margin that validation's reranking has, of the settings."""
+    rerank = _energy(run).get("rerank")
+    return rerank.get("margin", "not known") if isinstance(rerank, dict) else "not known"
 
 
 def tell_others(run: Run, checkpoints: Sequence[Path]) -> None:

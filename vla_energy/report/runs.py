@@ -106,7 +106,7 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
             "folder of a run of scripts/finetune_energy.py, vla-energy train-head or the demo"
         )
     given = {"preflight.json": _file(preflight, "preflight.json"), "rollout.json": _file(rollout, "rollout.json")}
-    texts = {name: _read(given.get(name) or path, name) for name, path in found.items()}
+    texts = {name: _read(given.get(name) or path, name, given.get(name) is not None) for name, path in found.items()}
     run.metrics = texts["metrics.json"] or _from_rows(run.rows)
     stored = texts[SETTINGS] or {}
     run.settings, run.versions = stored.get("flags", {}), stored.get("versions") or run.metrics.get("versions", {})
@@ -175,15 +175,21 @@ def _file(given: str | Path | None, name: str) -> Path | None:
     return path
 
 
-def _read(path: Path | None, name: str) -> dict[str, Any] | None:
+def _read(path: Path | None, name: str, named: bool = False) -> dict[str, Any] | None:
+    """Content of a file of `FILES`; one that was `named` after a flag may be any other and is not to be deleted."""
     if path is None:
         return None
+    remedy = "delete it, or write it anew"
+    if named:
+        command = name.removesuffix(".json")
+        remedy = f"name a file that vla-energy {command} wrote after --{command}"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ReportError(f"{path} is damaged ({error}): delete it, or write it anew") from error
+        what = "is no such file" if named else "is damaged"
+        raise ReportError(f"{path} {what} ({error}): {remedy}") from error
     if wrong := difference(data, FILES[name]):
-        raise ReportError(f"{path} is not what the report reads there ({wrong}): delete it, or write it anew")
+        raise ReportError(f"{path} is not what the report reads there ({wrong}): {remedy}")
     return data
 
 
