@@ -20,7 +20,7 @@ from vla_energy import cli
 from vla_energy.fingerprint import fingerprint
 from vla_energy.report.compare import differing_settings
 from vla_energy.report.curves import ALARM, COLOURS, PLOTS, draw, series_of, spans_not_finite
-from vla_energy.report.figures import CHANCE
+from vla_energy.report.figures import CHANCE, dots, gate
 from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
 from vla_energy.report.notes import across
@@ -529,6 +529,27 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert Path(told["written"]).is_file() and told["runs"][0]["last"]["val/finetune/l1_val"] == 0.1
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_gate_says_what_it_counts_as_worse(tmp_path: Path) -> None:
+    curve = {"margins": [0.0, 1.0], "accepted": [0.9, 0.0], "worse": [0.3, None], "l1": [0.1, 0.1], "l1_policy": 0.1}
+    modes = {"rerank": {"curve": curve | {"chosen": None}}}
+    drawn = gate(Run(tmp_path, shapes={"gate": curve | {"chosen": 0.5}}, preflight={"modes": modes}, label="a"))
+    validated, judged = drawn.split("</figure>")[:2]
+    assert "for the calibrated margin: of what" in validated and "tolerance" not in validated
+    assert "the gate stays shut" in judged and "energy.rerank.tolerance (by default 1) times" in judged
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_dots_of_a_row_are_nearer_than_those_of_the_next(count: int) -> None:
+    names = ("reach", "press", "open")
+    series = {f"arm {n}": {name: (float(n), None, None) for name in names} for n in range(count)}
+    drawn = dots("Title", series, "percent")
+    svg = ElementTree.fromstring(drawn[drawn.index("<svg") :].split("</svg>")[0] + "</svg>")
+    marks = [use for use in svg.iter(f"{_SVG}use") if COLOURS[0] in use.get("style", "")]
+    last = [use for use in svg.iter(f"{_SVG}use") if COLOURS[count - 1] in use.get("style", "")]
+    first, others = ([float(use.get("y", "")) for use in uses][:3] for uses in (marks, last))
+    assert len(first) == len(others) == 3 and others[0] - first[0] < 0.6 * (first[1] - others[0])
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -12,6 +12,19 @@ from vla_energy.results import finite
 
 _MARKERS = "osD^v<>P"
 
+_SPREAD = 0.35  # of a row's dots, in rows: neighbouring rows stay well apart
+
+# See `finetune.evaluate.calibrated_gate` and `preflight.effects.calibrate`.
+_WORSE_IN_VALIDATION = (
+    "Worse is any L1 above the policy's, for the curve and for the calibrated margin: of what that accepts in an "
+    "episode at most 10 % is worse on average, with 90 % confidence."
+)
+_WORSE_IN_PREFLIGHT = (
+    "The curve counts any L1 above the policy's as worse. The calibrated margin counts only one that is above it by "
+    "more than energy.rerank.tolerance (by default 1) times the policy's mean L1: at most energy.rerank.risk (by "
+    "default 10 %) of what it accepts in an episode on average, with 90 % confidence."
+)
+
 CHANCE = "#d9534f"
 
 Point = tuple[float | None, float | None, float | None]
@@ -122,7 +135,9 @@ def _gate(run: Run, name: str, curve: Mapping[str, Any], start: str) -> str:
         for axes in (upper, lower):
             axes.axvline(chosen, color=COLOURS[3], lw=1.2, label="calibrated margin" if axes is upper else None)
     legend(figure)
-    note = "" if finite(chosen) else "No margin was shown to be safe: the gate stays shut, whatever the curve says."
+    note = _WORSE_IN_PREFLIGHT if name.startswith("preflight") else _WORSE_IN_VALIDATION
+    if not finite(chosen):
+        note = f"No margin was shown to be safe: the gate stays shut, whatever the curve says. {note}"
     return figure_html(figure, f"Gate, {run.label}, {name}", f"{start}Gate by its margin, {name}", note)
 
 
@@ -150,10 +165,10 @@ def dots(
     if not names:
         return ""
     shown = {key: points for key, points in series.items() if any(finite(p[0]) for p in points.values())}
-    rows = len(names) * max(1.0, 0.6 * len(shown))
+    rows = len(names) * max(1.0, 0.75 * len(shown))
     figure, axes = new_figure(5.2, 1.1 + 0.27 * rows)
     for index, (key, points) in enumerate(shown.items()):
-        offset = 0.0 if len(shown) == 1 else 0.6 * (index / (len(shown) - 1) - 0.5)
+        offset = 0.0 if len(shown) == 1 else _SPREAD * (index / (len(shown) - 1) - 0.5)
         colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
         placed = [(names.index(name) + offset, point) for name, point in points.items() if finite(point[0])]
         axes.plot([p[0] for _, p in placed], [y for y, _ in placed], marker, color=colour, ms=5, label=key)
