@@ -14,7 +14,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from chaos_mutate import damage_json
-from sample_run import footage, metrics, preflight, rollout, rows, write_run
+from sample_run import footage, metrics, preflight, rollout, rows, shapes, write_run
 
 from vla_energy import cli
 from vla_energy.fingerprint import fingerprint
@@ -23,6 +23,7 @@ from vla_energy.report.curves import ALARM, COLOURS, PLOTS, draw, series_of, spa
 from vla_energy.report.figures import CHANCE, dots, gate
 from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
+from vla_energy.report.landscapes import landscape_figures
 from vla_energy.report.notes import across
 from vla_energy.report.preflight import write_page
 from vla_energy.report.runs import ReportError, Run, read_run, read_runs
@@ -529,6 +530,25 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert Path(told["written"]).is_file() and told["runs"][0]["last"]["val/finetune/l1_val"] == 0.1
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_no_energies_are_drawn_between_steps(tmp_path: Path) -> None:
+    kept = shapes()
+    time = {"xs": [0.0, 1.0], "energies": [[0.0, 0.0], [None, None], [10.0, 10.0]]}
+    kept["frames"] = [kept["frames"][0] | {"time": time}]
+    drawn = landscape_figures(Run(tmp_path, shapes=kept, label="a"))[1]
+    svg = ElementTree.fromstring(drawn[drawn.index("<svg") :].split("</svg>")[0] + "</svg>")
+    plot = next(part for part in svg.iter(f"{_SVG}g") if part.get("id", "").endswith("axes_1"))
+    filled = [path for path in plot.iter(f"{_SVG}path") if path.get("d")]
+    fills = {found for path in filled for found in re.findall(r"fill: (#\w+)", path.get("style", ""))}
+    assert len(fills) == 2, "of the first step and of the last"
+
+
+def test_the_footage_has_a_legend_of_its_dots(tmp_path: Path) -> None:
+    shown = footage()
+    assert "another chunk than the policy's is executed</text>" in footage_figure(Run(tmp_path, footage=shown), 0)
+    shown["decisions"][2]["accepted"] = False
+    assert "is executed</text>" not in footage_figure(Run(tmp_path, footage=shown), 0)
 
 
 def test_a_gate_says_what_it_counts_as_worse(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
             "Energy landscapes, held out",
             [part for run in runs for part in landscape_figures(run, several)],
             "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
-            "both is what a search along the energy would find.",
+            "both is what a search along the energy would find. Dashed, of a moved step: policy and expert.",
         ),
         lambda: _section(
             "Gate",
