@@ -299,15 +299,19 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert across(alike) == across(alike[:1]) == []
     (rolled,) = across([_with("a", run), _with("b", {**run, "seed": 500, "replan_every": 8}, tasks=("reach", "press"))])
     assert "differ in tasks (a: 1, b: 2); seed (a: 0, b: 500); replan_every (a: 4, b: 8):" in rolled
-    other = [_with("a"), _with("b", energy={"loss": {"margin": 1.0}, "range": {"name": "tanh"}, "guard": {"clip": 2}})]
+    other = [
+        _with("a", energy={"loss": {"margin": 0.0}, "range": {"name": "softplus"}}),
+        _with("b", energy={"loss": {"margin": 1.0}, "range": {"name": "tanh"}, "guard": {"clip": 2}}),
+    ]
     (scales,) = across(other)
     assert scales.startswith("settings below energy.loss, energy.range differ: losses, energies and win rates")
+    assert across([other[0], _with("off", energy={"enabled": False, "loss": {"margin": 1.0}})]) == []
     page = write_report(other, tmp_path / "r.html").read_text(encoding="utf-8")
     assert f"<h2>Take care</h2><ul><li>{scales}</li></ul>" in page
     folders = [write_run(tmp_path / name) for name in "ab"]
-    (folders[0] / "settings.json").write_text(json.dumps({"flags": {"energy": {"loss": {"info_nce": 1.0}}}}))
+    (folders[0] / "settings.json").write_text(json.dumps({"flags": {"energy": {"range": {"name": "tanh"}}}}))
     assert cli.main(["report", *map(str, folders)]) == 0
-    assert "energy.loss, energy.range differ" in capsys.readouterr().out
+    assert "settings below energy.range differ" in capsys.readouterr().out
 
 
 def test_a_legend_names_the_runs_that_have_a_curve() -> None:

@@ -112,15 +112,16 @@ def across(runs: Sequence[Run]) -> list[str]:
     """Sentences on what of several runs cannot be compared; what a run did not store is not held against it."""
     told = []
     rolled = {run.label: run.rollout for run in runs if run.rollout is not None}
-    values = {"tasks": {label: sorted(rollout["tasks"]) for label, rollout in rolled.items()}}
+    rolls = {"tasks": {label: sorted(rollout["tasks"]) for label, rollout in rolled.items()}}
     for name in _ROLLED:
         stored = {label: (rollout.get("settings") or {}).get(name) for label, rollout in rolled.items()}
-        values[name] = {label: value for label, value in stored.items() if value is not None}
-    if differing := [f"{name} ({_listed(found)})" for name, found in values.items() if _differ(found)]:
+        rolls[name] = {label: value for label, value in stored.items() if value is not None}
+    if differing := [f"{name} ({_listed(found)})" for name, found in rolls.items() if _differ(found)]:
         told.append(f"the rollouts differ in {'; '.join(differing)}: their successes are not of the same episodes")
-    flat = [flat_settings(run.settings) for run in runs if run.settings]
+    flat = [flat_settings(run.settings) for run in runs if _energy(run).get("enabled") is not False]
     names = {name for settings in flat for name in settings if name.startswith(_SCALES)}
-    other = {name.rpartition(".")[0] for name in names if _differ({n: s.get(name) for n, s in enumerate(flat)})}
+    stored = {name: {n: settings[name] for n, settings in enumerate(flat) if name in settings} for name in names}
+    other = {name.rpartition(".")[0] for name, values in stored.items() if _differ(values)}
     if other:
         told.append(
             f"settings below {', '.join(sorted(other))} differ: losses, energies and win rates in training of these "
