@@ -24,6 +24,7 @@ def rows(steps: int = 30, shift: float = 0.0) -> list[dict[str, Any]]:
         row |= {"energy/logits_min": -0.3 * step, "energy/logits_max": 0.2 * step, "energy/info_nce": 3 / step}
         row |= {"energy/grad_norm": None if step == 3 else 0.2, "energy/skipped": float(step == 3)}
         row |= {"energy/clipped": 0.0, "energy/win_rate/in_batch": 0.9, "energy/win_rate/policy": 0.6}
+        row |= {"energy/chance": 2.0, "energy/centre_l1_0": 9 / step, "energy/centre_l1_1": 8 / step}
         found.append(row)
     last = {"step": steps, "val/finetune/l1_val": 0.1 + shift, "val/energy/spearman": 0.7}
     found.append(last | {f"val/energy/win_rate/{kind}": 0.5 + 0.1 * n for n, kind in enumerate(KINDS)})
@@ -34,6 +35,7 @@ def rollout(tasks: tuple[str, ...] = ("reach", "press")) -> dict[str, Any]:
     """Results of `vla-energy rollout`."""
     arm = {"episodes": 5, "success": 0.6, "interval": [0.2, 0.9], "milliseconds_per_decision": {"mean": 15.0}}
     change = {"baseline": "policy", "difference": 0.2, "interval": [-0.1, 0.4]}
+    change |= {"won": 2, "lost": 1, "p_value": 1.0, "pairs": 5}
     compared = {"arms": {"policy": arm, "rerank": arm}, "differences": {"rerank": change}}
     return {"overall": compared, "tasks": dict.fromkeys(tasks, compared)}
 
@@ -80,7 +82,7 @@ def metrics(with_rollout: bool = True) -> dict[str, Any]:
     return {
         "finetune": {"l1_val": 0.1, "l1_val_before": 0.5},
         "energy": {"win_rate": {"in_batch": 0.995, "<odd>": 0.5}, "spearman": None},
-        "rerank": {"l1_policy": 0.1, "l1_reranked": 0.08, "l1_oracle": 0.05},
+        "rerank": {"l1_policy": 0.1, "l1_reranked": 0.08, "l1_gated": 0.09, "l1_oracle": 0.05, "kept": 0.4},
         "gate": {"margin": 0.5},
         "rollout": rollout() if with_rollout else None,
         "rollout_reason": None if with_rollout else "no OpenGL library",
@@ -93,7 +95,14 @@ def write_run(folder: Path, shift: float = 0.0, rate: float = 1e-3) -> Path:
     """The folder of a run that has everything."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(shift=shift)))
-    stored = {"flags": {"seed": 7, "learning_rate": rate, "energy": {"range": {"name": "softplus"}}}, "versions": {}}
+    stored = {
+        "flags": {
+            "seed": 7,
+            "learning_rate": rate,
+            "energy": {"range": {"name": "softplus"}, "rerank": {"margin": 0.5}},
+        },
+        "versions": {},
+    }
     files = {"metrics.json": metrics(), "rollout.json": rollout(), "preflight.json": preflight()}
     files |= {"shapes.json": shapes(), "footage.json": footage(), "settings.json": stored}
     files |= {"energy_gates.json": {"margins": {"rerank": None, "retrieve": 0.0}, "tasks": {"reach": "retrieve@2"}}}

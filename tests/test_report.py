@@ -14,18 +14,25 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from chaos_mutate import damage_json
-from sample_run import footage, metrics, preflight, rollout, rows, write_run
+from sample_run import footage, metrics, preflight, rollout, rows, shapes, write_run
 
 from vla_energy import cli
 from vla_energy.fingerprint import fingerprint
 from vla_energy.report.compare import differing_settings
 from vla_energy.report.curves import ALARM, COLOURS, PLOTS, draw, series_of, spans_not_finite
-from vla_energy.report.figures import CHANCE
+from vla_energy.report.figures import CHANCE, dots, gate
 from vla_energy.report.footage import footage_figure
 from vla_energy.report.html import write_report
+from vla_energy.report.landscapes import landscape_figures
+from vla_energy.report.notes import across
+from vla_energy.report.preflight import write_page
 from vla_energy.report.runs import ReportError, Run, read_run, read_runs
 from vla_energy.results import read_rows
 
+_JUDGED = {
+    "verdict": {"reasons": ["use rerank"]}, "modes": {}, "tasks": {},
+    "policy": {"forward_ms": 1.0, "frames": 2, "episodes": 2, "by_step": [0.1]},
+}  # fmt: skip
 _VOID = {"meta", "br", "link", "img", "input"}
 _SVG = "{http://www.w3.org/2000/svg}"
 
@@ -227,6 +234,150 @@ def test_arms_that_are_the_same_policy_are_told(
     assert "An interval that holds 0 does not show a difference" in page
 
 
+@pytest.mark.parametrize(
+    ("change", "cells", "drawn"),
+    [
+        ({"won": 4, "lost": 0, "p_value": 0.125}, ("+5 to +40", "4 : 0", "0.125"), True),
+        ({}, ("+5 to +40", "n/a", "n/a"), True),  # an older file
+        (
+            {"difference": 0, "interval": [0, 0], "won": 0, "lost": 0, "p_value": 1.0},
+            ("n/a (no pair differed)",),
+            False,
+        ),
+        ({"difference": 0, "interval": [0, 0]}, ("n/a (no pair differed)",), False),
+        ({"difference": 1, "interval": [1, 1], "won": 2, "lost": 0}, ("n/a (pairs of a task are alike)",), True),
+    ],
+)
+def test_the_paired_test_is_told(tmp_path: Path, change: dict, cells: tuple[str, ...], drawn: bool) -> None:
+    home, found = write_run(tmp_path / "a"), rollout()
+    found["overall"]["differences"] = {
+        "rerank": {"baseline": "policy", "difference": 0.2, "interval": [0.05, 0.4]} | change
+    }
+    (home / "rollout.json").write_text(json.dumps(found))
+    page = write_report([read_run(home)], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in page and "+0 to +0" not in page
+    assert ("Paired difference in success" in _drawings(page)) == drawn and "Read p there" in page
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (
+            {"complete": False, "settings": {"tasks": ["reach", "press", "<open>"]}},
+            ": 1 of 3 tasks have no results (<open>)",
+        ),
+        (
+            {"complete": True, "settings": {"tasks": ["reach", "press", "<open>"]}},
+            ": 1 of 3 tasks have no results (<open>)",
+        ),
+        ({"complete": False}, ";"),
+        ({"complete": True, "settings": {"tasks": ["reach", "press"]}}, None),
+        ({}, None),  # an older file
+    ],
+)
+def test_rollouts_that_are_not_finished_are_told(tmp_path: Path, more: dict, told: str | None) -> None:
+    home = write_run(tmp_path / "a")
+    (home / "rollout.json").write_text(json.dumps(rollout() | more))
+    run = read_run(home)
+    assert [note[: len(told or "") + 29] for note in run.notes] == (
+        [f"the rollouts are not finished{told}"] if told else []
+    )
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert ("Take care" in page) == bool(told)
+
+
+def _with(
+    label: str, rolled: dict | None = None, energy: dict | None = None, tasks: tuple[str, ...] = ("reach",)
+) -> Run:
+    found = rollout(tasks) | ({} if rolled is None else {"settings": rolled})
+    return Run(Path(label), label=label, rollout=found, settings={"energy": energy or {"loss": {"margin": 0.0}}})
+
+
+def test_what_cannot_be_compared_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = {"episodes": 10, "seed": 0, "replan_every": 4, "backend": "metaworld"}
+    alike = [_with("a", run), _with("b", {**run, "workers": 3}), _with("old")]
+    assert across(alike) == across(alike[:1]) == []
+    (rolled,) = across([_with("a", run), _with("b", {**run, "seed": 500, "replan_every": 8}, tasks=("reach", "press"))])
+    assert "differ in tasks (a: 1, b: 2); seed (a: 0, b: 500); replan_every (a: 4, b: 8):" in rolled
+    other = [
+        _with("a", energy={"loss": {"margin": 0.0}, "range": {"name": "softplus"}}),
+        _with("b", energy={"loss": {"margin": 1.0}, "range": {"name": "tanh"}, "guard": {"clip": 2}}),
+    ]
+    (scales,) = across(other)
+    assert scales.startswith("settings below energy.loss, energy.range differ: losses, energies and win rates")
+    assert across([other[0], _with("off", energy={"enabled": False, "loss": {"margin": 1.0}})]) == []
+    page = write_report(other, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"<h2>Take care</h2><ul><li>{scales}</li></ul>" in page
+    folders = [write_run(tmp_path / name) for name in "ab"]
+    (folders[0] / "settings.json").write_text(json.dumps({"flags": {"energy": {"range": {"name": "tanh"}}}}))
+    assert cli.main(["report", *map(str, folders)]) == 0
+    assert "settings below energy.range differ" in capsys.readouterr().out
+
+
+def test_a_legend_names_the_runs_that_have_a_curve() -> None:
+    shown = {"first": [{"step": 1, "train/l1": 0.5}], "second": [{"step": n, "energy/loss": 1.0} for n in (1, 2)]}
+    drawn = draw(shown, *next(plot for plot in PLOTS if plot[0] == "Energy loss"))
+    assert ">second</" in drawn and ">first</" not in drawn and COLOURS[1] in drawn
+
+
+def test_remedies_fit_the_run(tmp_path: Path) -> None:
+    def missing(name: str, energy: dict, head: bool = False) -> dict[str, str]:
+        (folder := tmp_path / name).mkdir()
+        (folder / "metrics.jsonl").write_text('{"step": 1, "train/l1": 0.5}\n')
+        (folder / "settings.json").write_text(json.dumps({"flags": {"energy": energy}}))
+        if head:
+            (folder / "energy_head--1_checkpoint.safetensors").write_bytes(b"")
+        return read_run(folder).missing
+
+    whole = str(missing("whole", {"enabled": True}))
+    assert "--use_val_set True" in whole and "--val-cache" not in whole and "written at each validation" in whole
+    head = str(missing("head", {"enabled": True, "freeze_backbone": True}, head=True))
+    assert "train-head with --val-cache DIR" in head and "--use_val_set" not in head
+    live = str(missing("live", {"freeze_backbone": True}))
+    assert "--use_val_set" in live and "--val-cache" in live
+    assert set(missing("off", {"enabled": False})) == {"energy head", "closed loop", "frames of an episode"}
+
+
+@pytest.mark.parametrize("name", ["preflight", "rollout"])
+@pytest.mark.parametrize("text", ["# notes", "[1]"])
+def test_a_named_file_is_not_to_be_deleted(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "notes.md").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(
+        ReportError, match=rf"notes\.md .*: name a file that vla-energy {name} wrote after --{name}"
+    ) as e:
+        read_run(tmp_path, **{name: tmp_path / "notes.md"})
+    assert "delete" not in str(e.value)
+
+
+def test_tables_say_what_they_hold(tmp_path: Path) -> None:
+    bare = [Run(tmp_path, rows=[{"step": 1, "energy/win_rate/in_batch": 0.5}], label=label) for label in "ab"]
+    page = write_report(bare, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Ranking in training, last row" in page and "Ranking, held out" not in page
+    gates = {"margins": {"rerank": None, "retrieve": 0.0}}
+    settings = {"energy": {"rerank": {"margin": 0.25}}}
+    run = Run(tmp_path, metrics={"rerank": {"l1_gated": 0.1, "kept": 0.5}}, gates=gates, settings=settings, label="a")
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<td>L1 behind the gate</td>" in page and "energy.rerank.margin (0.25), not the calibrated one" in page
+    assert "<td>shut</td>" in page and "<td>retrieve</td><td>none: it has no gate</td>" in page
+
+
+def test_an_effect_without_width_has_no_interval(tmp_path: Path) -> None:
+    found = {"l1_policy": 0.1, "l1_gated": 0.1, "change": 0.0, "interval": [0.0, 0.0], "gap_closed": 0.0}
+    found |= {"accepted": 0.0, "worse": None, "episodes": 9}
+    mode = {"effect": found, "spearman": 0.5, "ms": 1.0, "sources": {}, "bands": {}}
+    other = mode | {"effect": found | {"accepted": 0.5, "episodes": 1}}
+    modes = {"rerank": mode, "refine": other, "retrieve": mode | {"effect": found | {"accepted": 0.5}}}
+    page = write_page({**_JUDGED, "modes": modes, "settings": {}}, tmp_path / "p.html").read_text()
+    told = ("n/a (no chunk replaced)", "n/a (one episode)", "+0 to +0%")
+    assert [page.count(f"<td>{text}</td>") for text in told] == [1, 1, 1]
+    judged = preflight()
+    judged["modes"]["refine"] = mode
+    run = Run(tmp_path, preflight=judged, label="a")
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Not drawn, as no chunk was replaced: refine." in page
+
+
 def test_a_checkpoint_is_reported_with_its_run(tmp_path: Path) -> None:
     home = write_run(tmp_path / "mine")
     latest, numbered = home / "latest", tmp_path / "mine--20_chkpt"
@@ -325,6 +476,13 @@ def test_lines_and_axes_are_seen(tmp_path: Path) -> None:
     )
 
 
+def test_the_terms_hold_the_centre_and_say_that_they_are_unweighted(tmp_path: Path) -> None:
+    page = write_report(read_runs([write_run(tmp_path / "a")]), tmp_path / "r.html").read_text(encoding="utf-8")
+    terms = ElementTree.tostring(_drawings(page)["Terms of the energy loss"], encoding="unicode")
+    assert all(f">{name}</" in terms for name in ("info_nce", "chance", "centre 0", "centre 1"))
+    assert "Each before its weight" in page and "is usually most of it" in page
+
+
 @pytest.mark.parametrize("smallest", [0.1, 0.0, -1.0])
 def test_the_first_step_does_not_flatten_the_terms(smallest: float) -> None:
     anchors = [500.0, *(2.0 + n / 30 for n in range(29))]
@@ -376,6 +534,71 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert Path(told["written"]).is_file() and told["runs"][0]["last"]["val/finetune/l1_val"] == 0.1
     assert cli.main(["report", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_no_energies_are_drawn_between_steps(tmp_path: Path) -> None:
+    kept = shapes()
+    time = {"xs": [0.0, 1.0], "energies": [[0.0, 0.0], [None, None], [10.0, 10.0]]}
+    kept["frames"] = [kept["frames"][0] | {"time": time}]
+    drawn = landscape_figures(Run(tmp_path, shapes=kept, label="a"))[1]
+    svg = ElementTree.fromstring(drawn[drawn.index("<svg") :].split("</svg>")[0] + "</svg>")
+    plot = next(part for part in svg.iter(f"{_SVG}g") if part.get("id", "").endswith("axes_1"))
+    filled = [path for path in plot.iter(f"{_SVG}path") if path.get("d")]
+    fills = {found for path in filled for found in re.findall(r"fill: (#\w+)", path.get("style", ""))}
+    assert len(fills) == 2, "of the first step and of the last"
+
+
+def test_the_footage_has_a_legend_of_its_dots(tmp_path: Path) -> None:
+    shown = footage()
+    assert "another chunk than the policy's is executed</text>" in footage_figure(Run(tmp_path, footage=shown), 0)
+    shown["decisions"][2]["accepted"] = False
+    assert "is executed</text>" not in footage_figure(Run(tmp_path, footage=shown), 0)
+
+
+def test_a_gate_says_what_it_counts_as_worse(tmp_path: Path) -> None:
+    curve = {"margins": [0.0, 1.0], "accepted": [0.9, 0.0], "worse": [0.3, None], "l1": [0.1, 0.1], "l1_policy": 0.1}
+    modes = {"rerank": {"curve": curve | {"chosen": None}}}
+    drawn = gate(Run(tmp_path, shapes={"gate": curve | {"chosen": 0.5}}, preflight={"modes": modes}, label="a"))
+    validated, judged = drawn.split("</figure>")[:2]
+    assert "for the calibrated margin: of what" in validated and "tolerance" not in validated
+    assert "the gate stays shut" in judged and "energy.rerank.tolerance (by default 1) times" in judged
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_dots_of_a_row_are_nearer_than_those_of_the_next(count: int) -> None:
+    names = ("reach", "press", "open")
+    series = {f"arm {n}": {name: (float(n), None, None) for name in names} for n in range(count)}
+    drawn = dots("Title", series, "percent")
+    svg = ElementTree.fromstring(drawn[drawn.index("<svg") :].split("</svg>")[0] + "</svg>")
+    marks = [use for use in svg.iter(f"{_SVG}use") if COLOURS[0] in use.get("style", "")]
+    last = [use for use in svg.iter(f"{_SVG}use") if COLOURS[count - 1] in use.get("style", "")]
+    first, others = ([float(use.get("y", "")) for use in uses][:3] for uses in (marks, last))
+    assert len(first) == len(others) == 3 and others[0] - first[0] < 0.6 * (first[1] - others[0])
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path, there: bool) -> None:
+    other, link = tmp_path / "other.html", tmp_path / "report.html"
+    if there:
+        other.write_text("another run's")
+    for write in (
+        lambda: write_report([Run(tmp_path, label="a")], link),
+        lambda: write_page({**_JUDGED, "settings": {}}, link),
+    ):
+        link.unlink(missing_ok=True)
+        link.symlink_to(other)
+        assert "<h1>" in write().read_text() and not link.is_symlink()
+        assert other.read_text() == "another run's" if there else not other.exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"other.html", "report.html"}
+
+
+def test_a_full_disk_is_told_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"cannot write .*r\.html: .*No space left"):
+        write_report([Run(tmp_path, label="a")], tmp_path / "r.html")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -95,25 +96,36 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, data: Any) -> None:
-    """Replaces `path` in one step, so that a reader or an interruption never sees half a file.
-
-    Values that JSON lacks (NaN and infinities, as telemetry may hold) become null.
+    """Writes JSON as `write_whole` does. Values that it lacks (NaN and infinities, as telemetry may hold) become null.
 
     Raises:
-        OSError: it cannot be written, naming the path; what was there before is as it was.
+        OSError: as in `write_whole`.
+    """
+    write_whole(path, json.dumps(to_json(data), indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Replaces `path` in one step, so that a reader or an interruption never sees half a file.
+
+    A link is replaced, too: what it points to may be another run's. UTF-8 has no lone surrogates: they become `?`.
+
+    Raises:
+        OSError: it cannot, naming the path; what was there before is as it was.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as file:
-            file.write(json.dumps(to_json(data), indent=1, allow_nan=False) + "\n")
+        temporary.unlink(missing_ok=True)  # a link there would be followed
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise OSError(f"cannot write results to {path}: {error}") from error
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def to_json(data: Any) -> Any:

@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from vla_energy.extras import require
+    from vla_energy.report.notes import across
     from vla_energy.report.runs import read_runs
     from vla_energy.results import check_writable, to_json
 
@@ -49,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
              "not_finite": run.not_finite(), "notes": run.notes}
             for run in runs
         ]  # fmt: skip
-        print(json.dumps(to_json({"written": str(out), "runs": told}), allow_nan=False))
+        print(json.dumps(to_json({"written": str(out), "notes": across(runs), "runs": told}), allow_nan=False))
         return 0
+    for note in across(runs):
+        print(note)
     for run in runs:
         for note in run.notes:
             print(f"{run.label}: {note}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vla_energy.report.notes import flat_settings
 from vla_energy.report.page import table
 from vla_energy.report.runs import UNDEFINED, Run
 from vla_energy.results import finite
@@ -52,7 +53,7 @@ def _last(values: Mapping[str, Any], name: str) -> Any:
 
 def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
     """Name and value in each run that stored its settings, for those that are not the same in all of them."""
-    flat = [_flat(run.settings) for run in runs if run.settings]
+    flat = [flat_settings(run.settings) for run in runs if run.settings]
     if len(flat) < 2:
         return []
     names = sorted({name for values in flat for name in values})
@@ -62,10 +63,3 @@ def differing_settings(runs: Sequence[Run]) -> list[tuple[str, ...]]:
 
 def _text(values: Mapping[str, Any], name: str) -> str:
     return json.dumps(values[name], default=str) if name in values else _ABSENT
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat

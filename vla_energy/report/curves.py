@@ -19,10 +19,11 @@ ALARM = "#e5342b"
 _LINE = 70  # characters of a legend that fit below a plot
 _DASHES = ("-", "--", ":", "-.")
 _TERMS = ("info_nce", "chance", "listwise", "distance_regression", "margin", "hinge", "diversity", "anchor", "outcome")
+_CENTRES = {"energy/centre_l1_": "centre "}
 PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Policy L1", "normalised units", {"train/l1": "train", "val/finetune/l1_val": "held out"}),
     ("Energy loss", "weighted sum", {"energy/loss": "loss"}),
-    ("Terms of the energy loss", "unweighted, log scale", {f"energy/{term}": term for term in _TERMS}),
+    ("Terms of the energy loss", "unweighted, log scale", {f"energy/{t}": t for t in _TERMS} | _CENTRES),
     ("Energies", "lower is better", {"energy/positive": "expert", "energy/negative": "negatives"}),
     ("Energy range", "lowest and highest of a batch", {"energy/min": "lowest", "energy/max": "highest"}),
     ("Logits", "-energy / temperature", {"energy/logits_min": "lowest", "energy/logits_max": "highest"}),
@@ -34,10 +35,17 @@ PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Skipped and clipped steps", "1 is yes", {"energy/skipped": "skipped", "energy/clipped": "clipped"}),
     ("Speed", "frames / s", {"frames_per_second": "training"}),
 )
-"""Title, y label, and metric (a trailing / takes all below it) -> legend."""
+"""Title, y label, and metric (a trailing / or _ takes all that start so, their rest ends the legend) -> legend."""
 
 _LOG = frozenset({"Terms of the energy loss"})
 """Titles of plots whose first steps, far above all others, would flatten the rest."""
+
+_NOTES = {
+    "Terms of the energy loss": "Each before its weight in the loss (energy.loss, energy.range, energy.rollouts). "
+    "Where the head has a centre, its regression to the expert's chunk, a term for each centre, is usually most of it. "
+    "chance is no term: what info_nce is while all energies are equal."
+}
+"""By title, a sentence below the plot."""
 
 Series = dict[str, tuple[list[int], list[float]]]
 """Legend -> steps and values."""
@@ -51,7 +59,7 @@ def series_of(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> S
             prefix = _prefix(key, wanted)
             if prefix is None or not finite(value):
                 continue
-            steps, values = series.setdefault(wanted[prefix] or key.removeprefix(prefix), ([], []))
+            steps, values = series.setdefault(wanted[prefix] + key.removeprefix(prefix), ([], []))
             steps.append(row["step"])
             values.append(float(value))
     return series
@@ -59,7 +67,7 @@ def series_of(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> S
 
 def _prefix(key: str, wanted: Mapping[str, str]) -> str | None:
     """Which of `wanted` a metric belongs to."""
-    return next((name for name in wanted if key == name or (name.endswith("/") and key.startswith(name))), None)
+    return next((name for name in wanted if key == name or (name.endswith(("/", "_")) and key.startswith(name))), None)
 
 
 def spans_not_finite(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> list[tuple[int, int, int]]:
@@ -115,14 +123,14 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
     if title in _LOG:
         _log_scale(axes, [value for series in found.values() for _, values in series.values() for value in values])
     if len(runs) > 1:
-        _legend_of_runs(figure, list(runs), names)
+        _legend_of_runs(figure, found, names)
     elif len(names) > 1:
         legend(figure)
     _whole_run(axes, [row["step"] for rows in runs.values() for row in rows], list(spans.values()))
     if not any(found.values()):
         axes.set_yticks([])
         axes.text(0.5, 0.5, "no value is finite", color=INK, ha="center", transform=axes.transAxes)
-    return figure_html(figure, title, alarm=_told(spans))
+    return figure_html(figure, title, note=_NOTES.get(title, ""), alarm=_told(spans))
 
 
 def _log_scale(axes: Any, values: Sequence[float]) -> None:
@@ -167,15 +175,17 @@ def _told(spans: Mapping[str, Sequence[tuple[int, int, int]]]) -> str:
     return f"Not finite (red at the bottom): {'; '.join(told)}." if told else ""
 
 
-def _legend_of_runs(figure: Any, runs: Sequence[str], names: Sequence[str]) -> None:
-    """A colour a run and a dash a metric: shorter than an entry for each curve."""
+def _legend_of_runs(figure: Any, found: Mapping[str, Series], names: Sequence[str]) -> None:
+    """A colour a run that has a curve and a dash a metric: shorter than an entry for each curve."""
     from matplotlib.lines import Line2D
 
-    entries = [Line2D([], [], color=COLOURS[n % len(COLOURS)], lw=1.6, label=run) for n, run in enumerate(runs)]
+    drawn = [(COLOURS[n % len(COLOURS)], run) for n, (run, series) in enumerate(found.items()) if series]
+    entries = [Line2D([], [], color=colour, lw=1.6, label=run) for colour, run in drawn]
     if len(names) > 1:
         dashes = [_DASHES[n % len(_DASHES)] for n in range(len(names))]
         entries += [Line2D([], [], color=INK, lw=1.6, ls=d, label=n) for d, n in zip(dashes, names, strict=True)]
-    legend(figure, entries)
+    if entries:
+        legend(figure, entries)
 
 
 def legend(figure: Any, entries: Sequence[Any] | None = None) -> None:

@@ -99,11 +99,20 @@ _ARM = {
     "accepted_share": Optional(NUMBER),
     "milliseconds_per_decision": {"mean": NUMBER},
 }
-_DIFFERENCE = {"baseline": TEXT, "difference": NUMBER, "interval": INTERVAL}
+_DIFFERENCE = {
+    "baseline": TEXT,
+    "difference": NUMBER,
+    "interval": INTERVAL,
+    "won": Optional(COUNT),
+    "lost": Optional(COUNT),
+    "p_value": Optional(NUMBER),
+}
 _COMPARED = {"arms": Each(_ARM), "differences": Each(_DIFFERENCE)}
 ROLLOUT = {
     "overall": _COMPARED,
     "tasks": Each(_COMPARED),
+    "complete": Optional(ANY),
+    "settings": Optional({"tasks": Optional(Each(TEXT, list))}),
     "meta": Optional({"checkpoint": Optional({"gates": Optional(Each(READING)), "fingerprint": Optional(TEXT)})}),
 }
 _MODE = {"effect": {"change": NUMBER, "interval": INTERVAL}, "bands": BANDS, "curve": CURVE}

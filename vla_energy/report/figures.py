@@ -11,7 +11,19 @@ from vla_energy.report.runs import Run
 from vla_energy.results import finite
 
 _MARKERS = "osD^v<>P"
-_MOST_TASKS = 24
+
+_SPREAD = 0.35  # of a row's dots, in rows: neighbouring rows stay well apart
+
+# See `finetune.evaluate.calibrated_gate` and `preflight.effects.calibrate`.
+_WORSE_IN_VALIDATION = (
+    "Worse is any L1 above the policy's, for the curve and for the calibrated margin: of what that accepts in an "
+    "episode at most 10 % is worse on average, with 90 % confidence."
+)
+_WORSE_IN_PREFLIGHT = (
+    "The curve counts any L1 above the policy's as worse. The calibrated margin counts only one that is above it by "
+    "more than energy.rerank.tolerance (by default 1) times the policy's mean L1: at most energy.rerank.risk (by "
+    "default 10 %) of what it accepts in an episode on average, with 90 % confidence."
+)
 
 CHANCE = "#d9534f"
 
@@ -69,69 +81,17 @@ def bands(runs: Sequence[Run]) -> str:
 def effects(run: Run) -> str:
     """What each mode does to the held-out L1 behind its gate, with preflight's intervals over episodes."""
     modes = (run.preflight or {}).get("modes") or {}
+    found = {mode: values["effect"] for mode, values in modes.items()}
+    idle = [mode for mode, values in found.items() if values["change"] == 0 and not any(values["interval"])]
     points = {
-        mode: (100 * values["effect"]["change"], *(100 * end for end in values["effect"]["interval"]))
-        for mode, values in modes.items()
+        mode: (100 * values["change"], *(100 * end for end in values["interval"]))
+        for mode, values in found.items()
+        if mode not in idle
     }
     note = "95 % intervals over episodes; negative is better. A lower L1 is no promise of success."
+    note += f" Not drawn, as no chunk was replaced: {', '.join(idle)}." if idle else ""
     title = f"Preflight: change of the held-out L1, {run.label}"
     return dots(title, {run.label: points}, "percent of the policy's L1", None, 0.0, note, single=True)
-
-
-def success(runs: Sequence[Run]) -> str:
-    """Success by arm with its interval, overall and by task."""
-    overall, parts = {}, []
-    for run in runs:
-        if run.rollout is None:
-            continue
-        overall[run.label] = _rates(run.rollout["overall"])
-        tasks = run.rollout["tasks"]
-        if 1 < len(tasks) <= _MOST_TASKS:
-            arms = list(run.rollout["overall"]["arms"])
-            by_arm = {arm: {task: _rates(part)[arm] for task, part in tasks.items()} for arm in arms}
-            title = "Success by task" if len(runs) == 1 else f"Success by task, {run.label}"
-            parts.append(dots(title, by_arm, "percent of episodes", (0, 100)))
-    note = "95 % intervals (Wilson) of each arm alone; the paired differences are in the table."
-    whole = dots("Success in closed loop", overall, "percent of episodes", (0, 100), note=note, single=len(runs) == 1)
-    return whole + "".join(parts)
-
-
-def differences(runs: Sequence[Run]) -> str:
-    """Paired difference of each arm to the first, with its interval."""
-    points = {
-        run.label: {
-            f"{arm} - {values['baseline']}": (100 * values["difference"], *(100 * end for end in values["interval"]))
-            for arm, values in run.rollout["overall"]["differences"].items()
-        }
-        for run in runs
-        if run.rollout is not None
-    }
-    note = "Arms ran the same seeds. An interval that holds 0 does not show a difference, nor that there is none."
-    return dots("Paired difference in success", points, "points", None, 0.0, note, single=len(runs) == 1)
-
-
-def same_as_baseline(run: Run) -> list[str]:
-    """A sentence for each arm that executed the chunks of the arm it is compared with, as its gate let nothing through.
-
-    Arms that decide at other steps (`policy@2`) execute other chunks of the same policy and are left out.
-    """
-    if run.rollout is None:
-        return []
-    arms = run.rollout["overall"]["arms"]
-    margins = ((run.rollout.get("meta") or {}).get("checkpoint") or {}).get("gates") or {}
-    told = []
-    for arm, values in run.rollout["overall"]["differences"].items():
-        baseline = values["baseline"]
-        (mode, _, every), (_, _, every_baseline) = arm.partition("@"), baseline.partition("@")
-        replaced = [arms.get(name, {}).get("accepted_share") for name in (arm, baseline)]
-        if replaced == [0, 0] and every == every_baseline and values["difference"] == 0:
-            shut = mode in margins and margins[mode] is None
-            why = "the gate was shut" if shut else "the gate let no candidate through"
-            told.append(
-                f"{arm}: {why}, so that {arm} and {baseline} executed the same chunks. Both arms are the same policy: "
-                "this says nothing about what the head would do."
-            )
-    return told
 
 
 def gate(run: Run, several: bool = False) -> str:
@@ -175,7 +135,9 @@ def _gate(run: Run, name: str, curve: Mapping[str, Any], start: str) -> str:
         for axes in (upper, lower):
             axes.axvline(chosen, color=COLOURS[3], lw=1.2, label="calibrated margin" if axes is upper else None)
     legend(figure)
-    note = "" if finite(chosen) else "No margin was shown to be safe: the gate stays shut, whatever the curve says."
+    note = _WORSE_IN_PREFLIGHT if name.startswith("preflight") else _WORSE_IN_VALIDATION
+    if not finite(chosen):
+        note = f"No margin was shown to be safe: the gate stays shut, whatever the curve says. {note}"
     return figure_html(figure, f"Gate, {run.label}, {name}", f"{start}Gate by its margin, {name}", note)
 
 
@@ -203,10 +165,10 @@ def dots(
     if not names:
         return ""
     shown = {key: points for key, points in series.items() if any(finite(p[0]) for p in points.values())}
-    rows = len(names) * max(1.0, 0.6 * len(shown))
+    rows = len(names) * max(1.0, 0.75 * len(shown))
     figure, axes = new_figure(5.2, 1.1 + 0.27 * rows)
     for index, (key, points) in enumerate(shown.items()):
-        offset = 0.0 if len(shown) == 1 else 0.6 * (index / (len(shown) - 1) - 0.5)
+        offset = 0.0 if len(shown) == 1 else _SPREAD * (index / (len(shown) - 1) - 0.5)
         colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
         placed = [(names.index(name) + offset, point) for name, point in points.items() if finite(point[0])]
         axes.plot([p[0] for _, p in placed], [y for y, _ in placed], marker, color=colour, ms=5, label=key)
@@ -224,10 +186,3 @@ def dots(
     if len(shown) > 1 and not single:
         legend(figure)
     return figure_html(figure, title, note=note)
-
-
-def _rates(part: Mapping[str, Any]) -> dict[str, Point]:
-    return {
-        arm: (100 * values["success"], *(100 * end for end in values["interval"]))
-        for arm, values in part["arms"].items()
-    }

@@ -10,7 +10,7 @@ from vla_energy.report.curves import COLOURS
 from vla_energy.report.runs import Run
 from vla_energy.results import finite
 
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 160, 60, 40
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM = 360, 174, 60, 54
 _KEYS = {
     "": ("arm", "decisions", "instruction", "seed", "steps", "success", "task"),
     "decisions": ("accepted", "energy", "energy_policy", "image", "step"),
@@ -97,7 +97,7 @@ def _plot(decisions: list[dict[str, Any]], box: str) -> tuple[str, dict[int, flo
         dash = " stroke-dasharray='4 3'" if index else ""
         colour = COLOURS[index]
         lines.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='1.6'{dash}/>")
-        x, y = _LEFT + 150 * index, _HEIGHT - 4
+        x, y = _LEFT + 150 * index, _HEIGHT - 18
         legend.append(
             f"<line x1='{x}' x2='{x + 18}' y1='{y - 3}' y2='{y - 3}' stroke='{colour}' stroke-width='1.6'{dash}/>"
             f"<text x='{x + 22}' y='{y}'>{name}</text>"
@@ -107,6 +107,11 @@ def _plot(decisions: list[dict[str, Any]], box: str) -> tuple[str, dict[int, flo
         for d in decisions
         if d["accepted"] and finite(d.get("energy"))
     )
+    if marks:
+        legend.append(
+            f"<circle cx='{_LEFT + 9}' cy='{_HEIGHT - 7}' r='2.6' fill='{COLOURS[3]}'/>"
+            f"<text x='{_LEFT + 22}' y='{_HEIGHT - 4}'>another chunk than the policy's is executed</text>"
+        )
     first, middle = at[steps[0]], (_HEIGHT - _BOTTOM + 8) / 2
     return (
         f"<svg role='img' aria-label='energy over the episode, {box}' viewBox='0 0 {_WIDTH} {_HEIGHT}' "

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from vla_energy.report import figures
+from vla_energy.report.closed_loop import closed_loop
 from vla_energy.report.compare import differing_settings, headlines, last_metrics
 from vla_energy.report.curves import PLOTS, draw
 from vla_energy.report.footage import footage_figure, lack
 from vla_energy.report.landscapes import landscape_figures
+from vla_energy.report.notes import across, rerank_margin
 from vla_energy.report.page import cell, details, page, table
 from vla_energy.report.runs import Run
-from vla_energy.results import FOOTAGE, finite
+from vla_energy.results import FOOTAGE, finite, write_whole
 
 
 def write_report(runs: Sequence[Run], out: str | Path) -> Path:
@@ -35,7 +36,7 @@ def write_report(runs: Sequence[Run], out: str | Path) -> Path:
         raise ValueError("there is no run to report on")
     title = " and ".join(run.label for run in runs) if len(runs) < 4 else f"{len(runs)} runs"
     parts = tqdm(_parts(runs, title), desc="drawing", disable=None, leave=False)  # silent where stderr is no terminal
-    Path(out).write_text(page(html.escape(title), [part() for part in parts]), encoding="utf-8", errors="replace")
+    write_whole(out, page(html.escape(title), [part() for part in parts]))
     return Path(out)
 
 
@@ -51,7 +52,7 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
         ),
         *each(lambda run: _alarm(run, several)),
         lambda: _comparison(runs) if several else _cards(runs[0]),
-        lambda: _told("Take care", [(run, "", note) for run in runs for note in run.notes], runs),
+        lambda: _told("Take care", _notes(runs), runs),
         lambda: _told("Not on this page", [(run, *lacks) for run in runs for lacks in _lacking(run).items()], runs),
         *each(lambda run: _preflight(run, several)),
         lambda: _section("Curves", [draw(rows, *plot) for plot in PLOTS], _curves_note(runs)),
@@ -60,7 +61,7 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
             "Energy landscapes, held out",
             [part for run in runs for part in landscape_figures(run, several)],
             "Dark is low. Policy (o), expert (square) and the lowest point there is (star); what is low far from "
-            "both is what a search along the energy would find.",
+            "both is what a search along the energy would find. Dashed, of a moved step: policy and expert.",
         ),
         lambda: _section(
             "Gate",
@@ -68,12 +69,18 @@ def _parts(runs: Sequence[Run], title: str) -> list[Callable[[], str]]:
             "What each margin would let through, on episodes that did not set it.",
         ),
         *each(lambda run: _gates(run, several)),
-        lambda: _closed_loop(runs),
+        lambda: closed_loop(runs),
         *(partial(footage_figure, run, number, several) for number, run in enumerate(runs)),
         *each(_seconds),
         *folded,
         lambda: last_metrics(runs),
     ]
+
+
+def _notes(runs: Sequence[Run]) -> list[tuple[Run | None, str, str]]:
+    """What is to be known of all runs, then of each."""
+    own = [(run, "", note) for run in runs for note in run.notes]
+    return [*((None, "", note) for note in across(runs)), *own]
 
 
 def _lacking(run: Run) -> dict[str, str]:
@@ -86,6 +93,13 @@ def _of(name: str, run: Run, runs: Sequence[Run]) -> str:
     return name if len(runs) == 1 else f"{name}, {html.escape(run.label)}"
 
 
+_RERANK = {
+    "l1_policy": "L1 of the policy",
+    "l1_reranked": "L1 of the lowest energy, no gate",
+    "l1_gated": "L1 behind the gate",
+    "l1_oracle": "L1 of the best candidate",
+    "kept": "share of frames on which that gate keeps the policy's chunk",
+}
 _NAMED = 6  # metrics in the alarm's sentence
 
 
@@ -140,11 +154,12 @@ def _comparison(runs: Sequence[Run]) -> str:
     )
 
 
-def _told(title: str, lines: Sequence[tuple[Run, str, str]], runs: Sequence[Run]) -> str:
-    """A list of a run, what it is about (may be empty) and a sentence."""
+def _told(title: str, lines: Sequence[tuple[Run | None, str, str]], runs: Sequence[Run]) -> str:
+    """A list of a run (None: all), what it is about (may be empty) and a sentence."""
     shown = []
     for run, name, text in lines:
-        about = (_of(name, run, runs) if name else html.escape(run.label)) if name or len(runs) > 1 else ""
+        about = "" if run is None else _of(name, run, runs) if name else html.escape(run.label)
+        about = about if name or len(runs) > 1 else ""
         shown.append(f"<li>{f'<b>{about}</b>: ' if about else ''}{html.escape(text)}</li>")
     return f"<h2>{title}</h2><ul>{''.join(shown)}</ul>" if shown else ""
 
@@ -170,15 +185,19 @@ def _preflight(run: Run, several: bool) -> str:
 
 
 def _ranking(runs: Sequence[Run]) -> str:
-    plots = [figures.win_rates(runs), figures.bands(runs)]
-    plots += [figures.training_win_rates(runs)] if len(runs) > 1 else []
-    section = _section("Ranking, held out", plots)
+    section = _section("Ranking, held out", [figures.win_rates(runs), figures.bands(runs)])
+    if len(runs) > 1:
+        section += _section("Ranking in training, last row", [figures.training_win_rates(runs)])
     rerank = [(run, run.metrics.get("rerank") or {}) for run in runs]
     names = dict.fromkeys(name for _, values in rerank for name in values)
     if names:
-        rows = [(name, *(values.get(name) for _, values in rerank)) for name in names]
+        rows = [(_RERANK.get(name, name), *(values.get(name) for _, values in rerank)) for name in names]
         columns = ("measure", *(["value"] if len(runs) == 1 else [run.label for run in runs]))
-        section += "<h2>Reranking, held out</h2>" + table(columns, rows)
+        margins = ", ".join(f"{f'{run.label}: ' if len(runs) > 1 else ''}{rerank_margin(run)}" for run in runs)
+        note = (
+            f"The gate here has the margin of the settings, energy.rerank.margin ({margins}), not the calibrated one."
+        )
+        section += f"<h2>Reranking, held out</h2><p>{html.escape(note)}</p>{table(columns, rows)}"
     return section
 
 
@@ -186,46 +205,12 @@ def _gates(run: Run, several: bool) -> str:
     if run.gates is None:
         return ""
     title = f"Calibrated gates of the checkpoint, {html.escape(run.label)}" if several else "Calibrated gates"
-    rows = [(mode, "shut" if margin is None else margin) for mode, margin in (run.gates.get("margins") or {}).items()]
+    margins = run.gates.get("margins") or {}
+    shown = {mode: "shut" if margin is None else margin for mode, margin in margins.items()}
+    shown |= {"retrieve": "none: it has no gate"} if "retrieve" in shown else {}
     tasks = list((run.gates.get("tasks") or {}).items())
     chosen = table(("task", "recommended arm"), tasks) if tasks else ""
-    return f"<h3>{title}</h3>{table(('mode', 'margin'), rows)}{chosen}"
-
-
-def _closed_loop(runs: Sequence[Run]) -> str:
-    parts = ["<h2>Closed loop</h2>"]
-    plots = [figures.success(runs), figures.differences(runs)]
-    if not any(run.rollout for run in runs):
-        return parts[0] + f"<p>No rollout: {html.escape(str(runs[0].metrics.get('rollout_reason') or 'not run'))}</p>"
-    parts.append(f"<div class='plots'>{''.join(plots)}</div>")
-    columns = ("task", "arm", "episodes", "success", "95% interval", "difference", "95% interval", "ms a decision")
-    for run in runs:
-        if run.rollout is not None:
-            parts.append(f"<h3>{html.escape(run.label)}</h3>" if len(runs) > 1 else "")
-            parts += [f"<p class='verdict'>{html.escape(text)}</p>" for text in figures.same_as_baseline(run)]
-            parts.append("<p>Arms are paired by seed; the difference is to the first arm.</p>")
-            parts.append(table(columns, _rollout_rows(run.rollout)))
-    return "".join(parts)
-
-
-def _rollout_rows(rollout: Mapping[str, Any]) -> Iterable[tuple[Any, ...]]:
-    for task, summary in [*rollout["tasks"].items(), ("overall", rollout["overall"])]:
-        for arm, values in summary["arms"].items():
-            low, high = values["interval"]
-            row = (
-                task,
-                arm,
-                values["episodes"],
-                f"{100 * values['success']:.0f}%",
-                f"{100 * low:.0f} to {100 * high:.0f}",
-            )
-            change = summary["differences"].get(arm)
-            if change is None:
-                paired = ("", "")
-            else:
-                low, high = change["interval"]
-                paired = (f"{100 * change['difference']:+.0f} points", f"{100 * low:+.0f} to {100 * high:+.0f}")
-            yield (*row, *paired, f"{values['milliseconds_per_decision']['mean']:.1f}")
+    return f"<h3>{title}</h3>{table(('mode', 'margin'), shown.items())}{chosen}"
 
 
 def _seconds(run: Run) -> str:

@@ -47,7 +47,7 @@ def _time(time: Mapping[str, Any], title: str, caption: str) -> str:
     figure, axes = _blank(5.2, 3.6)
     steps = list(range(1, len(time["energies"]) + 1))
     if len(steps) > 1:
-        _filled(figure, axes, time["xs"], steps, time["energies"])
+        _filled(figure, axes, time["xs"], steps, time["energies"], bands=True)
         axes.set_yticks(steps if len(steps) <= 16 else steps[:: math.ceil(len(steps) / 16)])
         axes.set_ylabel("step of the chunk", color=INK)
         axes.invert_yaxis()
@@ -72,8 +72,14 @@ def _blank(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _filled(
-    figure: Any, axes: Any, xs: Sequence[float], ys: Sequence[float], energies: Sequence[Sequence[float | None]]
+    figure: Any,
+    axes: Any,
+    xs: Sequence[float],
+    ys: Sequence[float],
+    energies: Sequence[Sequence[float | None]],
+    bands: bool = False,
 ) -> None:
+    """Filled contours with a bar of colours. With `bands` a row each: there are no energies between whole `ys`."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
@@ -82,8 +88,9 @@ def _filled(
         axes.text(0.5, 0.5, "no energy is finite", color=INK, ha="center", transform=axes.transAxes)
         return
     levels = MaxNLocator(_LEVELS).tick_values(float(values.min()), float(values.max()))
-    filled = axes.contourf(xs, ys, values, levels=levels, cmap="viridis")
-    bar = figure.colorbar(filled, ax=axes, shrink=0.9)
+    parts = [([y - 0.5, y + 0.5], row[None].repeat(2, 0)) for y, row in zip(ys, values, strict=True) if row.count()]
+    filled = [axes.contourf(xs, *part, levels=levels, cmap="viridis") for part in (parts if bands else [(ys, values)])]
+    bar = figure.colorbar(filled[0], ax=axes, shrink=0.9)
     bar.set_label("energy, lower is better", color=INK)
     bar.ax.tick_params(colors=INK)
     bar.outline.set_visible(False)

@@ -22,6 +22,7 @@ h1 { font-size: 1.5rem; margin: .5rem 0 0; } h2 { font-size: 1.15rem; margin: 2r
 p { color: var(--soft); margin: .3rem 0 .8rem; }
 .cards, .plots { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); }
 .plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); }
+.plots > p { grid-column: 1 / -1; margin: 0; }
 .card, figure { margin: 0; padding: .7rem .9rem; background: var(--card); border: 1px solid var(--line);
   border-radius: .5rem; }
 .card b { display: block; font-size: 1.25rem; font-variant-numeric: tabular-nums; } .card span { color: var(--soft); }

@@ -8,10 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vla_energy.report.page import details, page, table
+from vla_energy.results import write_whole
 
 
 def write_page(result: Mapping[str, Any], out: str | Path) -> Path:
-    """Writes what `preflight.verdict.judge` gives, with `settings`, as a page."""
+    """Writes what `preflight.verdict.judge` gives, with `settings`, as a page.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     first, *rest = result["verdict"]["reasons"]
     policy = result["policy"]
     body = [
@@ -37,7 +42,7 @@ def write_page(result: Mapping[str, Any], out: str | Path) -> Path:
         *_trials(result["tasks"]),
         details("Settings", result.get("settings", {})),
     ]  # fmt: skip
-    Path(out).write_text(page("Preflight", body), encoding="utf-8")
+    write_whole(out, page("Preflight", body))
     return Path(out)
 
 
@@ -45,15 +50,20 @@ def _percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.0f}%"
 
 
-def _span(interval: Any) -> str:
-    low, high = interval
+def _span(found: Mapping[str, Any]) -> str:
+    """An effect's interval; one without width says nothing of other episodes."""
+    if not found["accepted"]:
+        return "n/a (no chunk replaced)"
+    if found["episodes"] < 2:
+        return "n/a (one episode)"
+    low, high = found["interval"]
     return f"{100 * low:+.0f} to {100 * high:+.0f}%"
 
 
 def _mode(mode: str, values: Mapping[str, Any]) -> tuple[Any, ...]:
     found = values["effect"]
     return (
-        mode, found["l1_policy"], found["l1_gated"], f"{100 * found['change']:+.0f}%", _span(found["interval"]),
+        mode, found["l1_policy"], found["l1_gated"], f"{100 * found['change']:+.0f}%", _span(found),
         _percent(found["gap_closed"]), _percent(found["accepted"]), _percent(found["worse"]), values["spearman"],
         f"{values['ms']:.2f}",
     )  # fmt: skip
@@ -73,7 +83,7 @@ def _bands(modes: Mapping[str, Any]) -> list[tuple[Any, ...]]:
 
 def _tasks(tasks: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     return [
-        (task, values["use"], mode, found["l1_policy"], found["l1_gated"], _span(found["interval"]))
+        (task, values["use"], mode, found["l1_policy"], found["l1_gated"], _span(found))
         for task, values in tasks.items()
         for mode, found in values["effects"].items()
     ]

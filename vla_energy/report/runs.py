@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vla_energy.fingerprint import fingerprint
 from vla_energy.report.expected import FILES, difference
+from vla_energy.report.notes import tell_missing, tell_others, tell_unfinished
 from vla_energy.results import FOOTAGE, SETTINGS, SHAPES, finite, read_rows
 
 _GATES = "energy_gates.json"
@@ -106,15 +106,16 @@ def read_run(folder: str | Path, preflight: str | Path | None = None, rollout: s
             "folder of a run of scripts/finetune_energy.py, vla-energy train-head or the demo"
         )
     given = {"preflight.json": _file(preflight, "preflight.json"), "rollout.json": _file(rollout, "rollout.json")}
-    texts = {name: _read(given.get(name) or path, name) for name, path in found.items()}
+    texts = {name: _read(given.get(name) or path, name, given.get(name) is not None) for name, path in found.items()}
     run.metrics = texts["metrics.json"] or _from_rows(run.rows)
     stored = texts[SETTINGS] or {}
     run.settings, run.versions = stored.get("flags", {}), stored.get("versions") or run.metrics.get("versions", {})
     run.rollout = texts["rollout.json"] or run.metrics.get("rollout")
     run.preflight, run.shapes, run.footage = texts["preflight.json"], texts[SHAPES], texts[FOOTAGE]
     run.gates = _read(gates, _GATES)
-    _tell_missing(run)
-    _tell_others(run, [place for place in checkpoints if (place / "config.json").is_file()])
+    tell_missing(run, home)
+    tell_unfinished(run)
+    tell_others(run, [place for place in checkpoints if (place / "config.json").is_file()])
     return run
 
 
@@ -174,15 +175,21 @@ def _file(given: str | Path | None, name: str) -> Path | None:
     return path
 
 
-def _read(path: Path | None, name: str) -> dict[str, Any] | None:
+def _read(path: Path | None, name: str, named: bool = False) -> dict[str, Any] | None:
+    """Content of a file of `FILES`; one that was `named` after a flag may be any other and is not to be deleted."""
     if path is None:
         return None
+    remedy = "delete it, or write it anew"
+    if named:
+        command = name.removesuffix(".json")
+        remedy = f"name a file that vla-energy {command} wrote after --{command}"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise ReportError(f"{path} is damaged ({error}): delete it, or write it anew") from error
+        what = "is no such file" if named else "is damaged"
+        raise ReportError(f"{path} {what} ({error}): {remedy}") from error
     if wrong := difference(data, FILES[name]):
-        raise ReportError(f"{path} is not what the report reads there ({wrong}): delete it, or write it anew")
+        raise ReportError(f"{path} is not what the report reads there ({wrong}): {remedy}")
     return data
 
 
@@ -199,41 +206,3 @@ def _from_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 level = level.setdefault(part, {})
             level[name] = value
     return nested
-
-
-def _tell_missing(run: Run) -> None:
-    name = run.folder
-    if run.rows and not run.metrics.get("energy"):
-        run.missing["held-out ranking"] = "no validation of a head in metrics.jsonl: train with --use_val_set True"
-    if run.rows and not run.settings:
-        run.missing["settings"] = f"no {SETTINGS}: flags and versions of this run are not known"
-    if run.shapes is None:
-        run.missing["landscapes and the gate's curve"] = (
-            f"no {SHAPES}: written at the end of a run with --use_val_set True and an energy head"
-        )
-    if run.preflight is None:
-        run.missing["preflight"] = f"no preflight.json: vla-energy preflight ... --out {name}, or --preflight FILE"
-    if run.rollout is None:
-        reason = run.metrics.get("rollout_reason")
-        run.missing["closed loop"] = (
-            f"no rollout.json{f' ({reason})' if reason else ''}: vla-energy rollout ... --out "
-            + (f"{name}/rollout.json, or --rollout FILE")
-        )
-    if run.footage is None:
-        run.missing["frames of an episode"] = f"no {FOOTAGE}: vla-energy rollout ... --footage {name}/{FOOTAGE}"
-
-
-def _tell_others(run: Run, checkpoints: Sequence[Path]) -> None:
-    """Notes results that were made with another checkpoint than those that are there now."""
-    made_with = {
-        "preflight's results": (run.preflight or {}).get("fingerprint"),
-        "the rollouts": (((run.rollout or {}).get("meta") or {}).get("checkpoint") or {}).get("fingerprint"),
-    }
-    if not checkpoints:
-        return
-    for name, mark in made_with.items():
-        if mark is not None and all(fingerprint(folder) != mark for folder in checkpoints):
-            run.notes.append(
-                f"{name} were made with another checkpoint than this run's, or before it was trained on or got its "
-                "head or memory: run it again"
-            )
