@@ -23,6 +23,7 @@ def rows(steps: int = 30, shift: float = 0.0) -> list[dict[str, Any]]:
         row |= {"energy/min": -0.2 * step, "energy/max": 0.3 * step, "energy/std": 0.1, "energy/std_row": 0.05}
         row |= {"energy/logits_min": -0.3 * step, "energy/logits_max": 0.2 * step, "energy/info_nce": 3 / step}
         row |= {"energy/grad_norm": None if step == 3 else 0.2, "energy/skipped": float(step == 3)}
+        row |= {"train/grad_norm": 0.4 + shift, "train/skipped": 0.0}
         row |= {"energy/clipped": 0.0, "energy/win_rate/in_batch": 0.9, "energy/win_rate/policy": 0.6}
         row |= {"energy/chance": 2.0, "energy/centre_l1_0": 9 / step, "energy/centre_l1_1": 8 / step}
         found.append(row)

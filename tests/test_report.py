@@ -593,12 +593,13 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path, there: bool) -> Non
 
 
 def test_a_full_disk_is_told_with_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> int:
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*r\.html: .*No space left"):
         write_report([Run(tmp_path, label="a")], tmp_path / "r.html")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

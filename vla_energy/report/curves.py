@@ -32,7 +32,12 @@ PLOTS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("Win rate, held out", "share won by the expert", {"val/energy/win_rate/": ""}),
     ("Rank correlation with the distance", "Spearman", {"energy/spearman": "train", "val/energy/spearman": "held out"}),
     ("Gradient norm of the head", "before clipping", {"energy/grad_norm": "norm"}),
-    ("Skipped and clipped steps", "1 is yes", {"energy/skipped": "skipped", "energy/clipped": "clipped"}),
+    ("Gradient norm of the policy", "before clipping", {"train/grad_norm": "norm"}),
+    (
+        "Skipped and clipped steps",
+        "1 is yes",
+        {"energy/skipped": "skipped", "energy/clipped": "clipped", "train/skipped": "policy's skipped"},
+    ),
     ("Speed", "frames / s", {"frames_per_second": "training"}),
 )
 """Title, y label, and metric (a trailing / or _ takes all that start so, their rest ends the legend) -> legend."""
