@@ -27,7 +27,17 @@ def table() -> str:
         rows.append(row(name, read(name)))
     for name in ("fuzz_second", "fuzz_third", "fuzz", "fuzz_guided_first", "fuzz_guided"):
         rows.append(_fuzz(name, read(name)))
-    rows += [_soak(name, read(name)) for name in ("soak_first", "soak_second", "soak", "soak_trim")]
+    rows += [
+        _soak(name, read(name))
+        for name in (
+            "soak_first",
+            "soak_second",
+            "soak",
+            "soak_trim",
+            "soak_thresholds",
+            "soak_allocated",
+        )
+    ]
     return "\n".join(rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import json
 import logging
 import os
@@ -104,8 +103,7 @@ def _note_allocations(trainer: Any, path: Path) -> None:
     validate, begun = trainer.validate, time.monotonic()
 
     def noted() -> Any:
-        result = validate()
-        gc.collect()  # cycles of garbage are no leak, and go at any time
+        result = validate()  # which ends in a collection of garbage
         if (found := allocations()) is not None:
             with path.open("a") as file:
                 row = {"step": trainer.step, "seconds": round(time.monotonic() - begun, 1)} | found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
 from collections.abc import Iterator
@@ -188,6 +189,8 @@ class Trainer:
         assert self.held_out is not None
         results = evaluate(self.job, self.held_out, self.head, self.config, shapes_to=self.config.run_dir)
         self.gate = results.get("gate")
+        # What a validation leaves in cycles would else lie among what lives on, and the heap would grow around it.
+        gc.collect()
         return results
 
     def _validate_or_save(self, log: MetricLog | None) -> dict[str, Any]:
