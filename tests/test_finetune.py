@@ -393,6 +393,16 @@ def test_two_processes_do_not_write_one_run(tiny_folder: Path, tmp_path: Path) -
     assert '"train/l1": 0.5' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path, max_steps=1)
+    config.run_dir.mkdir()
+    (tmp_path / "mine").write_text("kept")
+    (config.run_dir / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(CheckpointError, match=r"\.lock is no file that a run can lock .*: delete it"):
+        MetricLog(config, 0)
+    assert (tmp_path / "mine").read_text() == "kept"
+
+
 def test_rows_that_an_earlier_resume_cut_are_told(
     tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

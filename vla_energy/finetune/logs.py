@@ -30,7 +30,7 @@ class MetricLog:
 
     Raises:
         FlagError: W&B or Trackio is asked for and not installed, or another process writes to the run's folder.
-        CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written.
+        CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written; the folder's lock is no file.
     """
 
     def __init__(self, config: FinetuneConfig, step: int) -> None:
@@ -112,13 +112,16 @@ def _lock(path: Path) -> IO[str]:
 
     Raises:
         FlagError: another process holds it.
+        CheckpointError: it cannot be opened. A link is not followed: what it points to would be emptied.
     """
-    file = path.open("a+")
+    try:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
+    except OSError as error:
+        raise CheckpointError(f"{path} is no file that a run can lock ({error}): delete it") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "unknown"
+        holder = file.read(20).strip() or "unknown"
         file.close()
         raise FlagError(
             f"{path.parent} is being written by another process (PID {holder}): end that one first, or name another "
