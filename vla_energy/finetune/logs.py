@@ -30,7 +30,7 @@ class MetricLog:
 
     Raises:
         FlagError: W&B or Trackio is asked for and not installed, or another process writes to the run's folder.
-        CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written; the folder's lock is no file.
+        CheckpointError: `metrics.jsonl` of a resumed run is damaged, or cannot be written; its lock is no file.
     """
 
     def __init__(self, config: FinetuneConfig, step: int) -> None:
