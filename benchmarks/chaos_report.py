@@ -25,7 +25,7 @@ def table() -> str:
     rows = ["| run | how much | found | verdict |", "| --- | --- | --- | --- |"]
     for name, row in (("kill_first", _kill), ("kill", _kill), ("faults", _faults), ("fuzz_first", _fuzz)):
         rows.append(row(name, read(name)))
-    for name in ("fuzz_second", "fuzz_third", "fuzz", "fuzz_guided_first", "fuzz_guided"):
+    for name in ("fuzz_second", "fuzz_third", "fuzz", "fuzz_fourth", "fuzz_fifth", "fuzz_guided_first", "fuzz_guided"):
         rows.append(_fuzz(name, read(name)))
     rows += [
         _soak(name, read(name))

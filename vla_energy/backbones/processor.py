@@ -49,7 +49,9 @@ class Processor:
         for token, wanted in ((_EMPTY_TOKEN, config.empty_token_id), (_STOP_TOKEN, STOP_ID)):
             if tokenizer.token_to_id(token) != wanted:
                 found = tokenizer.token_to_id(token)
-                raise CheckpointFolderError(f"the tokenizer's {token!r} has id {found}, the checkpoint needs {wanted}")
+                raise CheckpointFolderError(
+                    f"tokenizer.json's {token!r} has id {found}, config.json needs {wanted}: one is of another checkpoint"
+                )
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: OpenVLAConfig | None = None) -> Processor:
