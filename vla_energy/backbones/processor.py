@@ -50,7 +50,7 @@ class Processor:
             if tokenizer.token_to_id(token) != wanted:
                 found = tokenizer.token_to_id(token)
                 raise CheckpointFolderError(
-                    f"tokenizer.json's {token!r} has id {found}, config.json needs {wanted}: one is of another checkpoint"
+                    f"tokenizer.json's {token!r} has id {found}, config.json needs {wanted}: one of them is another's"
                 )
 
     @classmethod
