@@ -133,6 +133,31 @@ def test_a_head_without_numbers_is_no_perfect_ranking(broken: float, expert: boo
     assert energy["nonfinite"] > 0 and math.isnan(energy["spearman"])
 
 
+class NoneOfTheirOwn(Distance):
+    """A perfect head, but `broken` for the policy's chunk."""
+
+    def __init__(self, broken: float) -> None:
+        super().__init__()
+        self.broken = broken
+
+    def encode(self, context: Tensor, context_mask: Tensor, reference: Tensor) -> Any:
+        return super().encode(context, context_mask, reference), reference
+
+    def forward(self, encoded: Any, actions: Tensor) -> Tensor:
+        target, reference = encoded
+        energies = super().forward(target, actions)
+        return energies.masked_fill((actions == reference[:, None]).flatten(2).all(2), self.broken)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_what_has_no_energy_for_the_policys_chunk_chooses_nothing(broken: float) -> None:
+    """As `rerank` does: held-out figures are of what would be executed."""
+    out = evaluate_ranking(NoneOfTheirOwn(broken), _batches(), EnergyConfig(), torch.Generator(), margin=0.0)
+    rerank: Any = out.metrics["rerank"]
+    assert rerank["kept"] == 1 and rerank["l1_policy"] == rerank["l1_gated"] == rerank["l1_reranked"]
+    assert rerank["l1_oracle"] < rerank["l1_policy"]
+
+
 def _batches(count: int = 3) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     batches = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from vla_energy.actions import DatasetStatistics, FieldStatistics, RawActions
-from vla_energy.calibrate import _hoeffding_bentkus, _shares, calibrate_margin, fewest_draws
+from vla_energy.calibrate import _hoeffding_bentkus, _shares, calibrate_margin, fewest_draws, margin_curve
 from vla_energy.checkpoint import CheckpointError, save_head
 from vla_energy.compatibility import CompatibilityError
 from vla_energy.config import EnergyConfig, HeadConfig
@@ -270,6 +270,17 @@ def test_the_share_of_an_episode_is_one_draw() -> None:
     assert _hoeffding_bentkus(draws, 0.1) == pytest.approx(min(math.exp(-60 * kl), bentkus))
     assert _hoeffding_bentkus(torch.full((60,), 0.2), 0.1) == 1.0
     assert _hoeffding_bentkus(torch.zeros(20), 0.1) == pytest.approx(0.9**20)
+
+
+@pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
+def test_rows_whose_policy_has_no_energy_open_no_gate(broken: float) -> None:
+    """`rerank` keeps the policy's chunk there, so they say nothing of what the gate would take."""
+    energies, distances = _held_out(1500, torch.Generator().manual_seed(0))
+    margin = calibrate_margin(energies, distances)
+    more, alike = torch.tensor([[broken, 0.0]]).expand(1500, 2), torch.tensor([[1.0, 0.5]]).expand(1500, 2)
+    assert math.isfinite(margin) and calibrate_margin(more, alike) == math.inf
+    curve = margin_curve(torch.cat([energies, more]), torch.cat([distances, alike]))
+    assert curve["accepted"][0] == pytest.approx(float((energies[:, 1] < 0).double().mean()) / 2)
 
 
 def test_calibration_without_evidence_shuts_the_gate() -> None:

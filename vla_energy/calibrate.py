@@ -36,7 +36,8 @@ def calibrate_margin(
     sequence testing, its section 4).
 
     Args:
-        energies: `(M,N)` of held-out candidates, index 0 the policy's; NaN counts as inf.
+        energies: `(M,N)` of held-out candidates, index 0 the policy's. One that is not finite is never taken; where
+            it is the policy's own, the policy's chunk stays, as in `rerank`.
         distances: `(M,N)` to the expert's chunk.
         risk: between 0 and 1.
         confidence: between 0 and 1.
@@ -60,10 +61,8 @@ def calibrate_margin(
         raise ValueError("distances must be finite")
     if episodes is not None and episodes.shape != distances.shape[:1]:
         raise ValueError(f"episodes {tuple(episodes.shape)}: expected one a row, ({len(distances)},)")
-    energies = energies.float()
-    energies = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf))
-    lowest, index = energies.min(1)
-    gains, order = (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf).sort(descending=True)
+    gains, index = _gains(energies)
+    gains, order = gains.sort(descending=True)
     worse = (distances.gather(1, index[:, None])[:, 0] > distances[:, 0] + tolerance)[order]
     if episodes is None:
         return _by_rows(gains, worse, risk, 1 - confidence)
@@ -81,10 +80,7 @@ def margin_curve(energies: Tensor, distances: Tensor, points: int = 24) -> dict[
         `margins`, and for each: `accepted` (share of rows), `worse` (share of these that are worse than the policy's
         chunk, None where none is accepted), `l1` (mean distance behind the gate).
     """
-    energies = energies.float()
-    energies = torch.where(energies.isfinite(), energies, torch.full_like(energies, math.inf))
-    lowest, index = energies.min(1)
-    gains = (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf)
+    gains, index = _gains(energies)
     chosen = distances.gather(1, index[:, None])[:, 0]
     finite = gains[gains.isfinite() & (gains > 0)].double()
     grid = torch.linspace(0, 1, max(points - 1, 1), dtype=torch.float64)
@@ -97,6 +93,15 @@ def margin_curve(energies: Tensor, distances: Tensor, points: int = 24) -> dict[
         curve["worse"].append(float(worse.double().mean()) if len(worse) else None)
         curve["l1"].append(float(torch.where(accepted, chosen, distances[:, 0]).double().mean()))
     return curve
+
+
+def _gains(energies: Tensor) -> tuple[Tensor, Tensor]:
+    """`(M,)` how much lower the lowest finite energy of a row is than the policy's, and where it stands."""
+    energies = energies.float()
+    usable = energies.isfinite() & energies[:, :1].isfinite()
+    energies = torch.where(usable, energies, torch.full_like(energies, math.inf))
+    lowest, index = energies.min(1)
+    return (energies[:, 0] - lowest).nan_to_num(nan=0.0, posinf=math.inf), index
 
 
 def fewest_draws(risk: float, level: float = 0.1) -> int:

@@ -133,7 +133,9 @@ def evaluate_ranking(
 
 def _report(tally: _Tally, sources: tuple[str, ...], margin: float) -> RankingReport:
     raw, distances = torch.cat(tally.energies), torch.cat(tally.distances)
-    energies = torch.where(raw.isfinite(), raw, torch.full_like(raw, math.inf))
+    # Without a number for the policy's chunk nothing can be compared: `rerank` then keeps that chunk.
+    usable = raw.isfinite() & raw[:, :1].isfinite()
+    energies = torch.where(usable, raw, torch.full_like(raw, math.inf))
     index, accepted = choose(energies, margin)
     l1 = rerank_l1(energies, distances)
     win_rates = {kind: tally.wins[kind] / pairs for kind, pairs in tally.pairs.items() if pairs}
