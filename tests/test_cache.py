@@ -348,6 +348,22 @@ def test_a_signal_saves_the_head_as_it_is(tiny_folder: Path, cache: FeatureCache
     assert ended.value.exit_code == 143 and load_head(training.config.run_dir).step == 1
 
 
+def test_a_signal_breaks_off_a_validation_of_the_head(tiny_folder: Path, cache: FeatureCache, tmp_path: Path) -> None:
+    _builder(tiny_folder, tmp_path / "val", split="val", shard_frames=20, max_frames=40).build()
+    val = FeatureCache(tmp_path / "val")
+    training: Any = CachedTraining(_config(tiny_folder, tmp_path, val_freq=1), cache, held_out=val)
+    real = training._held_out
+
+    def interrupted(frames: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(frames)
+
+    training._held_out = interrupted
+    with pytest.raises(RunStoppedError, match="SIGTERM: stopped and saved .*it has taken 1 of"):
+        training.run()
+    assert load_head(training.config.run_dir).step == 1 and training.gate is None
+
+
 def test_every_epoch_has_each_frame_once_in_another_order() -> None:
     batches = shuffled(10, 4, 0)
     rows = torch.cat([next(batches) for _ in range(5)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
 import shutil
 import signal
+import weakref
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from vla_energy.checkpoint import CheckpointError
 from vla_energy.config import EnergyConfig
 from vla_energy.durable import MANIFEST, check_seal, read_torch, seal
 from vla_energy.finetune import checkpoints
+from vla_energy.finetune import evaluate as evaluate_module
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.signals import RunStoppedError
@@ -241,6 +244,76 @@ def test_signals_save_the_step_under_way_and_say_how_to_go_on(
         trainer.run()
     assert raised.value.exit_code == code and signal.getsignal(number) == before
     assert check_seal(_folder(config, 2)) == 2 and trainer.step == 2
+
+
+def test_a_signal_breaks_off_a_validation_and_the_step_is_saved(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that is taken back gives half a minute; a validation may take three."""
+    config = _config(
+        tiny_folder, tmp_path, max_steps=3, save_freq=100, use_val_set=True, val_freq=1, val_time_limit=600
+    )
+    trainer = Trainer(config)
+    took, real = [], evaluate_module.held_out
+
+    def interrupted(*args: Any) -> Iterator[Any]:
+        for batch in real(*args):
+            took.append(trainer.step)
+            if took.count(2) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    monkeypatch.setattr(evaluate_module, "held_out", interrupted)
+    with pytest.raises(RunStoppedError, match="SIGTERM.*--resume True goes on"):
+        trainer.run()
+    assert took.count(1) > 1 and took.count(2) == 1, "one batch, not all"
+    assert check_seal(_folder(config, 2)) == 2 and trainer.step == 2 and trainer.gate is not None
+    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val/finetune/l1_val" in row] == [1]
+    monkeypatch.setattr(evaluate_module, "held_out", real)
+    config.resume = True
+    assert Trainer(config).run()["finetune"]["frames"] > 0
+
+
+def test_the_last_validation_is_finished_in_spite_of_a_signal(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No later run would make up for it."""
+    config = _config(tiny_folder, tmp_path, max_steps=1, use_val_set=True)
+    trainer = Trainer(config)
+    real = evaluate_module.held_out
+
+    def interrupted(*args: Any) -> Iterator[Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from real(*args)
+
+    monkeypatch.setattr(evaluate_module, "held_out", interrupted)
+    assert "gate" in trainer.run() and check_seal(_folder(config, 1)) == 1
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_the_garbage_of_a_validation_is_gone_after_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to the collector's own time it would hold the heap apart: memory grew over hours."""
+    trainer = Trainer(_config(tiny_folder, tmp_path, max_steps=1, use_val_set=True))
+    left: list[weakref.ref[_Cycle]] = []
+
+    def evaluated(*_: Any) -> dict[str, Any]:
+        left.append(weakref.ref(_Cycle()))
+        return {}
+
+    monkeypatch.setattr("vla_energy.finetune.trainer.evaluate", evaluated)
+    gc.disable()
+    try:
+        trainer.validate()
+    finally:
+        gc.enable()
+    assert left[0]() is None
 
 
 @pytest.fixture

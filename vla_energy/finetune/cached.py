@@ -22,10 +22,10 @@ from vla_energy.durable import MANIFEST
 from vla_energy.finetune.checkpoints import STATE, flatten
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.energy import HeadTraining, Metrics, check_head_sources, l1_metrics, load_memory, retrieve
-from vla_energy.finetune.evaluate import MIN_BATCH, HeldOutFrames, summarise
+from vla_energy.finetune.evaluate import MIN_BATCH, HeldOutFrames, summarise, unless
 from vla_energy.finetune.logs import MetricLog
 from vla_energy.finetune.setup import make_head, vla_folder
-from vla_energy.finetune.signals import RunStoppedError, StopSignals
+from vla_energy.finetune.signals import RunStoppedError, StopSignals, ValidationStoppedError
 from vla_energy.monitors import Batch
 from vla_energy.rerank import MARGIN_KEY
 
@@ -76,6 +76,7 @@ class CachedTraining:
         self._neighbours: dict[int, Tensor] = {}
         self.gate: dict[str, Any] | None = None
         self.step, self.copy_policy = 0, False
+        self.stop = StopSignals()
         torch.manual_seed(config.seed)
 
     def run(self, order: Iterable[Tensor] | None = None) -> dict[str, Any]:
@@ -95,8 +96,8 @@ class CachedTraining:
         rows = iter(shuffled(len(self.cache), config.batch_size, config.seed) if order is None else order)
         results: dict[str, Any] = {}
         bar = tqdm(total=config.max_steps, disable=None, unit="step")
-        with MetricLog(config, 0) as log, bar, StopSignals() as stop:
-            while self.step < config.max_steps and stop.number is None:
+        with MetricLog(config, 0) as log, bar, self.stop:
+            while self.step < config.max_steps and self.stop.number is None:
                 started = time.perf_counter()
                 metrics = self.train_step(next(rows))
                 self.step += 1
@@ -106,12 +107,15 @@ class CachedTraining:
                     row = {key: float(value) for key, value in metrics.items()}
                     log.write(self.step, {**row, "frames_per_second": config.batch_size / _since(started)})
                 if self.held_out is not None and (self.step % config.val_freq == 0 or last):
-                    results = self.validate()
+                    try:
+                        results = self.validate()
+                    except ValidationStoppedError:
+                        break
                     log.write(self.step, flatten(results, "val"))
         saved = self.save()
-        if stop.number is not None and self.step < config.max_steps:
+        if self.stop.number is not None and self.step < config.max_steps:
             done = f"it has taken {self.step} of {config.max_steps} steps, and a head from a cache begins anew"
-            raise RunStoppedError(stop.number, saved, done)
+            raise RunStoppedError(self.stop.number, saved, done)
         return results
 
     def train_step(self, rows: Tensor) -> Metrics:
@@ -126,10 +130,14 @@ class CachedTraining:
         return metrics
 
     def validate(self) -> dict[str, Any]:
-        """Metrics on the held-out cache, see `evaluate`; all of its frames."""
+        """Metrics on the held-out cache, see `evaluate`; all of its frames. A signal breaks it off."""
         assert self.held_out is not None
+
+        def stopped() -> bool:
+            return self.stop.number is not None and self.step < self.config.max_steps
+
         frames = HeldOutFrames()
-        held_out, run = self._held_out(frames), self.config.run_dir
+        held_out, run = unless(stopped, self._held_out(frames)), self.config.run_dir
         results = summarise(self.head, held_out, frames, self.cache.statistics, self.config, run)
         self.gate = results.get("gate")
         return results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.diffusion import observe
 from vla_energy.finetune.setup import Job, autocast
 from vla_energy.finetune.shapes import FirstBatch, halves, write_shapes
+from vla_energy.finetune.signals import ValidationStoppedError
 from vla_energy.head import EnergyHead
 from vla_energy.monitors import Batch, RankingReport, evaluate_ranking
 from vla_energy.rerank import choose
@@ -50,7 +51,12 @@ class HeldOutFrames:
 
 
 def evaluate(
-    job: Job, split: RldsDataset, head: EnergyHead | None, config: FinetuneConfig, shapes_to: Path | None = None
+    job: Job,
+    split: RldsDataset,
+    head: EnergyHead | None,
+    config: FinetuneConfig,
+    shapes_to: Path | None = None,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Metrics over a held-out split, for at most `val_time_limit` seconds.
 
@@ -60,13 +66,26 @@ def evaluate(
         head: None measures the policy alone.
         config: of the run.
         shapes_to: a folder that gets `shapes.json`, the pictures' numbers, see `shapes`; needs a head.
+        stopped: asked after each batch whether to break off.
 
     Returns:
         `finetune`: `l1_val` (normalised units) and `frames`; with a head also `energy` and `rerank`, see
         `monitors.RankingReport`, and `gate`, see `calibrated_gate`.
+
+    Raises:
+        ValidationStoppedError: `stopped` said so.
     """
     frames = HeldOutFrames()
-    return summarise(head, held_out(job, split, config, frames), frames, job.statistics, config, shapes_to)
+    batches = unless(stopped, held_out(job, split, config, frames))
+    return summarise(head, batches, frames, job.statistics, config, shapes_to)
+
+
+def unless(stopped: Callable[[], bool], batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, until `stopped` says so: then `ValidationStoppedError`."""
+    for batch in batches:
+        yield batch
+        if stopped():
+            raise ValidationStoppedError
 
 
 def summarise(

@@ -1,6 +1,7 @@
 """What ends a run before its last step.
 
-SIGTERM and SIGINT: the step under way is finished and saved, then the run ends; a second signal ends it at once.
+SIGTERM and SIGINT: the step under way is finished and saved, then the run ends; a second signal ends it at once. A
+validation under way is broken off, as a rented machine may give half a minute; that of the last step is finished.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class RunStoppedError(KeyboardInterrupt):
         self.exit_code = 128 + number
 
 
+class ValidationStoppedError(Exception):
+    """A validation was broken off; nothing of it counts."""
+
+
 class DivergedError(ArithmeticError):
     """The policy's gradient is not finite any more; nothing was saved of it."""
 
@@ -44,6 +49,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
+        self.number = None
         if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         return self

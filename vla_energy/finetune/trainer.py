@@ -35,7 +35,7 @@ from vla_energy.finetune.setup import (
     vla_folder,
 )
 from vla_energy.finetune.sharding import gathered, optimizer_state, whole
-from vla_energy.finetune.signals import RunStoppedError, StopSignals
+from vla_energy.finetune.signals import RunStoppedError, StopSignals, ValidationStoppedError
 from vla_energy.outcomes import RolloutFrames
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class Trainer:
             )  # fmt: skip
         self.memory = load_memory(config, vla_folder(config), self.job.vla)
         self.step = 0
+        self.stop = StopSignals()
         torch.manual_seed(config.seed)
         if config.resume:
             checkpoints.resume(self)
@@ -101,7 +102,8 @@ class Trainer:
         """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics (on rank 0).
 
         Raises:
-            RunStoppedError: SIGINT or SIGTERM came; the step was finished and saved, and its validation left out.
+            RunStoppedError: SIGINT or SIGTERM came; the step was finished and saved, and its validation left out or
+                broken off.
             CheckpointError: a checkpoint cannot be written; those before are intact.
             DivergedError: the policy's gradient is not finite any more.
         """
@@ -115,7 +117,7 @@ class Trainer:
         reading = contextlib.nullcontext() if recorded is None else contextlib.closing(recorded)
         written = ranks.on_main(self._open_log)
         logging_to = contextlib.nullcontext() if written is None else written
-        with logging_to as log, contextlib.closing(batches), reading, bar, StopSignals() as stop:
+        with logging_to as log, contextlib.closing(batches), reading, bar, self.stop:
             while self.step < config.max_steps:
                 started = time.perf_counter()
                 metrics = self.train_step(batches, recorded)
@@ -131,11 +133,12 @@ class Trainer:
                     keys = ("train/l1", "train/noise_mse", "energy/loss")
                     shown: dict[str, Any] = {key: f"{row[key]:.4f}" for key in keys if key in row}
                     bar.set_postfix(**shown, frames_s=f"{frames:.0f}")
-                stopping = self._stop_signal(stop)
+                stopping = self._stop_signal()
                 if config.use_val_set and self._every(config.val_freq) and stopping is None:
                     results = self._validate_or_save(log)
-                    if log is not None:
+                    if log is not None and results:
                         log.write(self.step, checkpoints.flatten(results, "val"))
+                    stopping = self._stop_signal()
                 if self._every(config.save_freq) or stopping is not None:
                     self._save(log)
                 if stopping is not None:
@@ -154,9 +157,9 @@ class Trainer:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         return MetricLog(self.config, self.step)
 
-    def _stop_signal(self, stop: StopSignals) -> int | None:
+    def _stop_signal(self) -> int | None:
         """The signal that came on any rank; None before one did, and after the last step."""
-        number = stop.number or 0
+        number = self.stop.number or 0
         if self.ranks.world > 1:
             number = int(self.ranks.largest(torch.tensor(number, device=self.job.device)))
         return number if number and self.step < self.config.max_steps else None
@@ -185,22 +188,31 @@ class Trainer:
         return row
 
     def validate(self) -> dict[str, Any]:
-        """Metrics on the held-out split; see `evaluate`."""
+        """Metrics on the held-out split; see `evaluate`. A signal breaks it off, unless the training is over."""
         assert self.held_out is not None
-        results = evaluate(self.job, self.held_out, self.head, self.config, shapes_to=self.config.run_dir)
+
+        def stopped() -> bool:
+            return self.stop.number is not None and self.step < self.config.max_steps
+
+        results = evaluate(self.job, self.held_out, self.head, self.config, self.config.run_dir, stopped)
         self.gate = results.get("gate")
         # What a validation leaves in cycles would else lie among what lives on, and the heap would grow around it.
         gc.collect()
         return results
 
     def _validate_or_save(self, log: MetricLog | None) -> dict[str, Any]:
-        """The validation's metrics, on rank 0. The steps taken are not lost to held-out data that cannot be read."""
+        """The validation's metrics, on rank 0; none if it was broken off.
+
+        The steps taken are not lost to held-out data that cannot be read.
+        """
         results: dict[str, Any] = {}
         error: Exception | None = None
         with whole(self.job.vla):
             if self.ranks.is_main:
                 try:
                     results = self.validate()
+                except ValidationStoppedError:
+                    logger.warning("step %d: the validation was broken off by the signal", self.step)
                 except Exception as raised:
                     error = raised
             self.ranks.share()  # the others wait, however long
