@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from vla_energy import cli
+from vla_energy.rollout import command as rollout_command
 
 BACKEND = "point_world:PointWorld"
 
@@ -85,6 +86,13 @@ def test_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out.strip() == metadata.version("vla-energy")
+
+
+def test_a_difference_of_which_nothing_was_seen_has_no_interval():
+    none = {"difference": 0.0, "interval": [0.0, 0.0], "p_value": 1.0, "won": 0, "lost": 0, "pairs": 9}
+    assert rollout_command._difference(none) == "+0.0 [n/a] points, p=1 (0 won, 0 lost of 9)"
+    some = {**none, "difference": 0.5, "interval": [0.1, 0.9], "won": 5}
+    assert "+50.0 [+10.0, +90.0] points" in rollout_command._difference(some)
 
 
 def test_rollout_prints_a_table_and_writes_the_results(tmp_path, capsys):

@@ -63,6 +63,7 @@ def test_a_mode_that_harms_has_a_shut_gate_and_is_left_off() -> None:
     found = result["modes"]["rerank"]["effect"]
     assert found["accepted"] == 0 and found["l1_gated"] == found["l1_policy"] and found["worse"] is None
     assert any("shut" in reason for reason in result["verdict"]["reasons"])
+    assert "(+0 %), 0 % of chunks replaced" in result["verdict"]["reasons"][1], "no interval where nothing was done"
     assert {row["use"] for row in result["tasks"].values()} == {"off"}
 
 

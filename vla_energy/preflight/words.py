@@ -38,8 +38,10 @@ def reasons_of(
     reasons = []
     for mode, found in effects.items():
         low, high = (100 * bound for bound in found.interval)
-        text = f"{mode}: L1 {found.l1_policy:.4f} to {found.l1_gated:.4f} ({100 * found.change:+.0f} %, {low:+.0f} to "
-        text += f"{high:+.0f}), {100 * found.accepted:.0f} % of chunks replaced"
+        # Where nothing was replaced, or one episode judges, an interval would say nothing of other episodes.
+        span = f", {low:+.0f} to {high:+.0f}" if found.accepted and found.episodes > 1 else ""
+        text = f"{mode}: L1 {found.l1_policy:.4f} to {found.l1_gated:.4f} ({100 * found.change:+.0f} %{span}), "
+        text += f"{100 * found.accepted:.0f} % of chunks replaced"
         if found.episodes < FEWEST:
             text += f"; {found.episodes} held-out episodes judge it, nothing is advised below {FEWEST}"
         if not math.isfinite(gates[mode]):

@@ -110,8 +110,10 @@ def table(result: dict[str, Any]) -> str:
 
 def _difference(values: dict[str, Any]) -> str:
     low, high = values["interval"]
+    # Without width it says that nothing was observed, not that nothing can differ.
+    interval = "[n/a]" if low == high else f"[{100 * low:+.1f}, {100 * high:+.1f}]"
     return (
-        f"{100 * values['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] points, "
+        f"{100 * values['difference']:+.1f} {interval} points, "
         f"p={values['p_value']:.3g} ({values['won']} won, {values['lost']} lost of {values['pairs']})"
     )
 
