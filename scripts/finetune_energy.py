@@ -63,7 +63,7 @@ def main() -> None:
             wanted_trackers(config, {})
         from vla_energy.finetune.trainer import Trainer  # seconds of imports, so only with flags that can work
 
-        with start(config.device) as ranks:
+        with start(config.device, config.longest_wait) as ranks:
             Trainer(config, ranks).run()
     except RunStoppedError as error:
         print(error, file=sys.stderr)

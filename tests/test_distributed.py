@@ -6,12 +6,15 @@ import dataclasses
 import io
 import json
 import logging
+import math
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -458,18 +461,45 @@ def test_shards_of_the_data_are_what_one_reader_takes() -> None:
 
 
 def _wait_long(ranks: Ranks) -> list[str]:
-    contact._LONG = 2
+    contact._LONG = 3
     heard = io.StringIO()
     contact.logger.addHandler(logging.StreamHandler(heard))
     if ranks.rank == 1:
-        time.sleep(3.5)
+        time.sleep(4.5)
     ranks.share()
     return heard.getvalue().splitlines()
 
 
 def test_a_long_wait_is_told_by_who_waits(tmp_path: Path) -> None:
     waited, _ = results(2, _wait_long, tmp_path)
-    assert waited[0].startswith("rank 0 has waited 2 s for others, which are alive: one reads data, validates or saves")
+    assert waited[0].startswith("rank 0 has waited 3 s for rank 1, alive but at something else: data, a validation")
+
+
+def _hang(ranks: Ranks, runs: Path, hangs: int) -> None:
+    """The main thread of one rank does not come back, while its pulse goes on: a drive that does not answer."""
+    ranks.contact._longest_wait = 5
+    trainer = Trainer(_config(runs, ranks.world, max_steps=3), ranks)
+    trainer.step = 1
+    if ranks.rank == hangs:
+        (runs / "failed_at").write_text(repr(time.time()))
+        threading.Event().wait()
+    ranks.on_main(lambda: None)
+    ranks.each(lambda: None)
+
+
+def test_ranks_are_waited_for_longer_than_a_validation_takes() -> None:
+    seconds = [FinetuneConfig(rank_wait_minutes=wait, val_time_limit=180).longest_wait for wait in (60, 1, 0)]
+    assert seconds == [3600, 360, math.inf]
+
+
+@pytest.mark.parametrize(("world", "hangs"), [(2, 1), (4, 0)])
+def test_a_rank_that_hangs_while_it_lives_ends_the_others(tmp_path: Path, world: int, hangs: int) -> None:
+    (tmp_path / "runs").mkdir()
+    found = run_ranks(world, _hang, tmp_path, tmp_path / "runs", hangs, left=hangs)
+    assert time.time() - float((tmp_path / "runs" / "failed_at").read_text()) < 60
+    for rank, text in enumerate(found):
+        told = rf"RankError: rank \d has waited 5 s for rank {hangs}, alive but at something else"
+        assert text == "killed" if rank == hangs else re.match(told, text), (rank, text)
 
 
 def test_a_single_process_exchanges_nothing() -> None:

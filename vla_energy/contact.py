@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import logging
+import math
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exchange is waited for
 _WORDS = 5.0  # seconds in which the ranks that are left say so
+_NOTED = 2  # looks, after which a rank notes in the store that it waits
 _LONG = 300  # looks, after which a wait is told
 
 
@@ -36,6 +38,7 @@ class Contact:
         pulse: who of the others still works.
         control: a gloo group without a timeout of note, for what is waited for however long; None is the default group.
         closes_all: breaking off closes the default group too. NCCL's might wait for a rank that is gone.
+        longest_wait: seconds in which one that lives but reads data, validates or saves must be done.
     """
 
     def __init__(
@@ -46,9 +49,11 @@ class Contact:
         pulse: Pulse | None = None,
         control: Any = None,
         closes_all: bool = False,
+        longest_wait: float = math.inf,
     ) -> None:
         self.rank, self.world, self.control = rank, world, control
         self._store, self._pulse, self._closes_all = store, pulse, closes_all
+        self._longest_wait, self._exchanges = longest_wait, 0
         self._silent: list[int] = []  # ranks that have been found to be gone
         self._unfinished: list[Any] = []  # exchanges with them
 
@@ -60,9 +65,10 @@ class Contact:
             patient: looks meanwhile who else still works.
 
         Raises:
-            RankError: it failed, or another process does nothing any more.
+            RankError: it failed, or another process does nothing any more, or keeps this one waiting too long.
         """
         work = None
+        self._exchanges += 1  # as all ranks count
         try:
             work = start()
             self._wait(work, patient)
@@ -119,20 +125,58 @@ class Contact:
             except RuntimeError:
                 if work.is_completed():
                     raise
+            seconds = looks * _LOOK.seconds
+            if looks == _NOTED:
+                self._note_waiting()
+            if seconds >= self._longest_wait:
+                raise _Silence(self._overdue(seconds))
             if looks % _LONG == 0:
                 logger.warning(
-                    "rank %d has waited %d s for others, which are alive: one reads data, validates or saves, or hangs "
-                    "there (py-spy dump --pid PID shows where); the last checkpoint is whole, should you end it",
-                    self.rank, looks * _LOOK.seconds,
+                    "rank %d has waited %d s for %s, alive but at something else: data, a validation, a save, or "
+                    "hanging there (py-spy dump --pid PID shows where); the last checkpoint is whole if you end it",
+                    self.rank, seconds, _named(self._busy()),
                 )  # fmt: skip
             unanswered = unanswered + 1 if self._pulse.beats == beats and not self._pulse.lost else 0
             beats = self._pulse.beats
             if self._pulse.silent or unanswered >= self._pulse.patience:
                 self._silent = self._pulse.silent or [0]
                 self._store = self._store if self._pulse.silent else None  # rank 0 keeps it, and would not answer
-                who = " and ".join(map(str, self._silent))
                 seconds = self._pulse.patience
-                raise _Silence(f"rank {who} gave no sign of life for {seconds} s: stopped, or its machine hangs")
+                who = _named(self._silent)
+                raise _Silence(f"{who} gave no sign of life for {seconds} s: stopped, or its machine hangs")
+
+    def _overdue(self, seconds: int) -> str:
+        """What is told of who keeps this rank waiting; left in the store for those that began to wait later."""
+        self._silent = self._busy()
+        cause = (
+            f"rank {self.rank} has waited {seconds} s for {_named(self._silent)}, alive but at something else: data, a "
+            "validation, a save, or hanging there (--rank_wait_minutes); the last checkpoint is whole"
+        )
+        with contextlib.suppress(RuntimeError):
+            if self._store is not None:
+                self._store.set("silent", json.dumps(self._silent))
+                self._store.set("cause", cause)
+        return cause
+
+    def _note_waiting(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            if self._store is not None:
+                self._store.set(f"waits/{self.rank}", str(self._exchanges))
+
+    def _busy(self) -> list[int]:
+        """The ranks that have not come to the exchange that this one waits in; none where that is not known."""
+        store = self._store
+        if store is None:
+            return []
+        mine = str(self._exchanges).encode()
+
+        def waits(rank: int) -> bool:
+            key = f"waits/{rank}"
+            return rank == self.rank or (store.check([key]) and store.get(key) == mine)
+
+        with contextlib.suppress(RuntimeError):
+            return [rank for rank in range(self.world) if not waits(rank)]
+        return []
 
     def _cause(self) -> str:
         """Why an exchange broke: what a rank left word of, or who says nothing any more."""
@@ -167,6 +211,10 @@ class Contact:
 
 class _Silence(Exception):
     """A process does nothing any more."""
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {' and '.join(map(str, ranks))}" if ranks else "another rank"
 
 
 def words(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -151,7 +152,7 @@ class Ranks:
             yield
 
     def share(self, error: BaseException | None = None) -> None:
-        """Waits for all ranks, however long; each brings its error, or None.
+        """Waits for all ranks, as long as `start` allows; each brings its error, or None.
 
         Raises:
             RankError: another rank brings one; the rank that does raises its own.
@@ -180,7 +181,7 @@ class Ranks:
         return result  # pyright: ignore[reportReturnType]
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """`work` on rank 0 while the others wait, however long; None on those. All raise where it did, see `share`."""
+        """`work` on rank 0 while the others wait, as long as `start` allows; None on those. All raise where it did, see `share`."""
         return self.each(lambda: work() if self.is_main else None)
 
     def check_equal(self, modules: Iterable[nn.Module | None], what: str) -> None:
@@ -231,11 +232,12 @@ def current() -> Ranks:
 
 
 @contextlib.contextmanager
-def start(device: str = "auto") -> Iterator[Ranks]:
+def start(device: str = "auto", longest_wait: float = math.inf) -> Iterator[Ranks]:
     """Joins the processes that the environment tells of (torchrun), and leaves them at the end; `ALONE` without.
 
     Args:
         device: auto, cpu or cuda: a GPU by LOCAL_RANK with NCCL, else gloo.
+        longest_wait: seconds that processes wait for one that lives, but reads data, validates or saves.
 
     Raises:
         ValueError: the environment, or the device, does not allow it.
@@ -256,7 +258,8 @@ def start(device: str = "auto") -> Iterator[Ranks]:
     control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     # A connection of its own: where the store does not answer, only the thread waits.
     pulse = Pulse(PrefixStore("pulse", store.clone() if hasattr(store, "clone") else store), rank, world)
-    contact = Contact(rank, world, PrefixStore("words", store), pulse, control, closes_all=place.type != "cuda")
+    words_in = PrefixStore("words", store)
+    contact = Contact(rank, world, words_in, pulse, control, place.type != "cuda", longest_wait)
     ranks = _active = Ranks(rank, world, place, contact)
     del control  # the group lives as long as somebody holds it
     try:

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 # Flags that may differ between a run and its continuation.
 _FREE = {"resume", "resume_step", "max_steps", "val_freq", "val_time_limit", "use_val_set", "save_freq"} | {
     "save_latest_checkpoint_only", "keep_checkpoints", "wandb_entity", "wandb_project", "trackio_project",
-    "wandb_log_freq", "device", "run_root_dir", "check_ranks_every", "data_threads", "fsdp",
+    "wandb_log_freq", "device", "run_root_dir", "check_ranks_every", "data_threads", "fsdp", "rank_wait_minutes",
 }  # fmt: skip
 
 

@@ -69,6 +69,8 @@ class FinetuneConfig:
         seed: of everything random.
         check_ranks_every: with several processes (torchrun), steps between two comparisons of a hash of their weights;
             0 compares them at the start only.
+        rank_wait_minutes: with several processes, how long they wait for one that lives, but reads data, validates or
+            saves; then all end, with its number. Twice `val_time_limit` at least; 0 is without limit.
         fsdp: with several processes, each keeps its part of the decoder layers (FSDP2); needs torch 2.6.
     """
 
@@ -123,6 +125,7 @@ class FinetuneConfig:
     device: str = "auto"
     seed: int = 7
     check_ranks_every: int = 0
+    rank_wait_minutes: float = 60.0
     fsdp: bool = False
 
     def check(self) -> None:
@@ -155,7 +158,7 @@ class FinetuneConfig:
         if not 0 <= self.seed < 2**32:
             raise FlagError(f"--seed {self.seed}: must be 0 or more, and below 2**32")
         not_negative = ("horizon", "lr_warmup_steps", "energy_warm_steps", "max_grad_norm", "num_steps_before_decay")
-        for flag in (*not_negative, "keep_checkpoints", "check_ranks_every"):
+        for flag in (*not_negative, "keep_checkpoints", "check_ranks_every", "rank_wait_minutes"):
             if not getattr(self, flag) >= 0:
                 raise FlagError(f"--{flag} {getattr(self, flag)}: must be 0 or more")
         if self.energy.freeze_backbone and not self.energy.enabled:
@@ -199,6 +202,11 @@ class FinetuneConfig:
     def discrete(self) -> bool:
         """Whether actions are tokens of the language model: neither L1 nor diffusion, as in the host."""
         return not self.use_l1_regression and not self.use_diffusion
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds that processes wait for one that lives: `rank_wait_minutes`, and two validations at least."""
+        return max(60 * self.rank_wait_minutes, 2 * self.val_time_limit) if self.rank_wait_minutes else math.inf
 
     def _check_diffusion(self) -> None:
         samples, on = self.energy.negatives.samples, self.energy.enabled

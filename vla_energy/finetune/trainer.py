@@ -215,7 +215,7 @@ class Trainer:
                     logger.warning("step %d: the validation was broken off by the signal", self.step)
                 except Exception as raised:
                     error = raised
-            self.ranks.share()  # the others wait, however long
+            self.ranks.share()  # the others wait
         failed = torch.tensor(float(error is not None), device=self.job.device)
         if self.ranks.largest(failed):
             logger.error("validation failed")
