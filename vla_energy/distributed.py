@@ -181,7 +181,7 @@ class Ranks:
         return result  # pyright: ignore[reportReturnType]
 
     def on_main(self, work: Callable[[], T]) -> T | None:
-        """`work` on rank 0 while the others wait, as `start` allows; None on those. All raise where it did, see `share`."""
+        """`work` on rank 0 while the others wait; None on those. All raise where it did, see `share`."""
         return self.each(lambda: work() if self.is_main else None)
 
     def check_equal(self, modules: Iterable[nn.Module | None], what: str) -> None:
