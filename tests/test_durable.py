@@ -25,8 +25,10 @@ from vla_energy.config import EnergyConfig
 from vla_energy.durable import MANIFEST, check_seal, read_torch, seal
 from vla_energy.finetune import checkpoints
 from vla_energy.finetune import evaluate as evaluate_module
+from vla_energy.finetune.checkpoint_folders import check_place
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.logs import MetricLog
+from vla_energy.finetune.setup import EMBEDDED_DATA
 from vla_energy.finetune.signals import RunStoppedError
 from vla_energy.finetune.trainer import Trainer
 
@@ -164,6 +166,90 @@ def test_a_damaged_newest_checkpoint_is_never_passed_over_in_silence(run: Finetu
     assert checkpoints.find(run) == _folder(run, 2)
 
 
+@pytest.mark.parametrize("latest", [False, True])
+def test_a_checkpoint_that_lost_its_training_state_is_told_and_nothing_is_overwritten(
+    run: FinetuneConfig, latest: bool
+) -> None:
+    """Passed over, an earlier step would be taken anew without a word, or the run begun anew over its own files."""
+    folder = _folder(run, 3)
+    if latest:
+        run.save_latest_checkpoint_only = True
+        folder = folder.rename(run.run_dir / "latest")
+        for step in (1, 2):
+            shutil.rmtree(_folder(run, step))
+    (folder / checkpoints.STATE).unlink()
+    rows = (run.run_dir / "metrics.jsonl").read_bytes()
+    with pytest.raises(CheckpointError, match=f"{checkpoints.STATE} is missing"):
+        Trainer(run)
+    (folder / MANIFEST).unlink()
+    if latest:
+        with pytest.raises(CheckpointError, match=f"latest holds no {checkpoints.STATE}"):
+            Trainer(run)
+    else:
+        assert checkpoints.find(run) == _folder(run, 2)
+    assert (run.run_dir / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_newer_folder_that_is_no_checkpoint_is_passed_over_aloud(
+    run: FinetuneConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (checkpoints.STATE, MANIFEST):
+        (_folder(run, 3) / name).unlink()
+    assert checkpoints.find(run) == _folder(run, 2)
+    assert "run--3_chkpt has neither training_state.pt nor a manifest.json, and is passed over" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_elsewhere_does_not_begin_anew(run: FinetuneConfig) -> None:
+    """Only the run's folder was copied: its checkpoints lie beside it."""
+    for step in (1, 2, 3):
+        shutil.rmtree(_folder(run, step))
+    path = run.run_dir / "metrics.jsonl"
+    rows = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"metrics.jsonl goes to step 3 and a checkpoint was due every 1"):
+        Trainer(run)
+    assert path.read_bytes() == rows
+    path.write_bytes(rows.splitlines(keepends=True)[0])  # killed before its first save
+    assert Trainer(run).step == 0
+
+
+def test_resume_compares_what_lies_there_and_not_where(run: FinetuneConfig, tmp_path: Path) -> None:
+    data, policy = tmp_path / "data", tmp_path / "policy"
+    shutil.copytree(EMBEDDED_DATA, data)
+    shutil.copytree(run.vla_path, policy)
+    run.data_root_dir, run.vla_path = str(data), str(policy)
+    assert Trainer(run).step == 3
+    info = next(data.rglob("dataset_info.json"))
+    content = json.loads(info.read_text())
+    info.write_text(json.dumps({**content, "description": "other data"}))
+    with pytest.raises(CheckpointError, match=r"was made with another dataset \(--data_root_dir\)"):
+        Trainer(run)
+    run.data_root_dir = FinetuneConfig().data_root_dir
+    (action_head,) = policy.glob("action_head--*")
+    weights = torch.load(action_head, weights_only=True)
+    torch.save({name: value + 1 for name, value in weights.items()}, action_head)
+    with pytest.raises(CheckpointError, match=r"was made with another policy \(--vla_path\)"):
+        Trainer(run)
+
+
+def test_a_place_that_takes_no_checkpoint_is_told_before_the_first_step(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path / "new" / "runs", run_id_override="r" * 236, max_steps=1_000_000)
+    with pytest.raises(CheckpointError, match=r"no checkpoint could be written to .*too long.*--run_id_override"):
+        Trainer(config)
+    assert not list(tmp_path.iterdir()), "what was tried is gone"
+    config.run_id_override = "r" * 200
+    check_place(config)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_save_left_goes_when_the_run_goes_on(run: FinetuneConfig) -> None:
+    other = run.run_root_dir / ".other--7_chkpt.partial"
+    left = [run.run_root_dir / ".run--7_chkpt.partial", run.run_dir / ".latest.partial"]
+    for folder in (other, *left):
+        (folder / "inner").mkdir(parents=True)
+    Trainer(run).run()
+    assert other.is_dir() and not any(folder.exists() for folder in left)
+
+
 def test_a_damaged_latest_is_put_aside_only_for_the_one_before_it(
     run: FinetuneConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -273,6 +359,24 @@ def test_a_signal_breaks_off_a_validation_and_the_step_is_saved(
     monkeypatch.setattr(evaluate_module, "held_out", real)
     config.resume = True
     assert Trainer(config).run()["finetune"]["frames"] > 0
+
+
+def test_a_signal_in_a_save_ends_the_run_after_it(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another step and another save of 15 GB are not what half a minute is for."""
+    trainer = Trainer(_config(tiny_folder, tmp_path, max_steps=9, save_freq=2))
+    saved, real = [], checkpoints.save
+
+    def interrupted(trainer: Trainer) -> Path:
+        saved.append(trainer.step)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(trainer)
+
+    monkeypatch.setattr(checkpoints, "save", interrupted)
+    with pytest.raises(RunStoppedError, match="SIGTERM"):
+        trainer.run()
+    assert saved == [2] and trainer.step == 2 and check_seal(_folder(trainer.config, 2)) == 2
 
 
 def test_the_last_validation_is_finished_in_spite_of_a_signal(

@@ -71,6 +71,14 @@ def check_seal(folder: Path, only: Callable[[str], bool] = lambda name: True) ->
     return int(_read(path, text)["step"])
 
 
+def is_sealed_with(folder: Path, name: str) -> bool:
+    """Whether the folder's manifest lists the file, there or not; False without a manifest that can be read."""
+    try:
+        return name in _read(folder / MANIFEST, (folder / MANIFEST).read_text())["files"]
+    except (OSError, UnicodeDecodeError, CheckpointError):
+        return False
+
+
 def _read(path: Path, text: str) -> dict[str, Any]:
     """The manifest's content with its types checked; names that lead out of the folder are refused."""
     try:

@@ -95,6 +95,7 @@ class RldsDataset:
             check_shard(shard)
         own = split_statistics(self._source, split)
         self.num_frames, self.num_episodes = own.num_transitions, own.num_trajectories
+        self.digest = self._source.digest(split)
         self.statistics = statistics or (own if split == "train" else split_statistics(self._source, "train"))
         self.action_dim, self.proprio_dim = self._source.action_dim, self._source.proprio_dim or 0
         self._proprio: FieldStatistics | None = self._check_statistics(use_proprio)

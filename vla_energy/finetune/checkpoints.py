@@ -5,6 +5,8 @@ Where they lie is `checkpoint_folders`'.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import shutil
@@ -18,7 +20,15 @@ from vla_energy.backbones import save_openvla
 from vla_energy.checkpoint import CheckpointError, atomic_write, save_head
 from vla_energy.distributed import Ranks
 from vla_energy.durable import read_torch, seal
-from vla_energy.finetune.checkpoint_folders import STATE, NoCheckpointError, drop_old, find, folder_of, put
+from vla_energy.finetune.checkpoint_folders import (
+    STATE,
+    NoCheckpointError,
+    drop_old,
+    find,
+    folder_of,
+    partial_of,
+    put,
+)
 from vla_energy.finetune.config import EMBEDDED, FinetuneConfig, FlagError
 from vla_energy.finetune.setup import vla_folder
 from vla_energy.finetune.sharding import load_optimizer_state, write
@@ -40,6 +50,10 @@ _FREE = {"resume", "resume_step", "max_steps", "val_freq", "val_time_limit", "us
 _OWN = {"device", "data_threads", "data_root_dir", "run_root_dir", "vla_path", "dataset_config"} | {
     "wandb_entity", "wandb_project", "trackio_project",
 }  # fmt: skip
+
+
+# Flags that say where something lies: what lies there is compared instead.
+_PLACES = {"vla_path", "data_root_dir", "dataset_config"}
 
 
 def check_ranks(config: FinetuneConfig, ranks: Ranks) -> None:
@@ -67,7 +81,7 @@ def save(trainer: Trainer) -> Path:
     config = trainer.config
     target = folder_of(config, trainer.step)
     _check_finite(trainer, target)
-    partial = target.with_name(f".{target.name}.partial")
+    partial = partial_of(target)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         _write(trainer, partial)
@@ -142,9 +156,16 @@ def resume(trainer: Trainer) -> None:
     state = read_torch(path)
     try:
         saved, asked = dict(state["flags"]), _flags(config, trainer.ranks.world)
-        changed = [key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)]
-        if changed:
+        contents = state.get("contents")  # earlier versions have none: where something lies had to do
+        changed = {key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)}
+        if changed := changed - (set() if contents is None else _PLACES):
             raise CheckpointError(f"{path} was made with other values of: {', '.join(sorted(map(str, changed)))}")
+        for what, digest in _contents(trainer).items():
+            if contents is not None and contents[what] != digest:
+                raise CheckpointError(
+                    f"{path} was made with another {what}: the run cannot go on with what is there now; put it back, "
+                    "or train anew under another --run_id_override, with this checkpoint as --vla_path"
+                )
         _restore(trainer, state)
     except CheckpointError:
         raise
@@ -204,6 +225,17 @@ def _flags(config: FinetuneConfig, processes: int) -> dict[str, str]:
     return flags | ({} if config.vla_path == EMBEDDED else {"vla_path": str(vla_folder(config).resolve())})
 
 
+def _contents(trainer: Trainer) -> dict[str, str]:
+    """Digests of what a run cannot go on without, wherever it lies."""
+    job = trainer.job
+    statistics = json.dumps(job.statistics.to_dict(), sort_keys=True)
+    return {
+        "policy (--vla_path)": trainer.started_from,
+        "dataset (--data_root_dir)": job.train.digest,
+        "normalisation (dataset_statistics.json)": hashlib.sha256(statistics.encode()).hexdigest()[:16],
+    }
+
+
 def _flat(name: str, value: Any) -> dict[str, Any]:
     """Nested dicts as one: `energy.range.name`."""
     if not isinstance(value, dict):
@@ -217,6 +249,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     return {
         "step": trainer.step,
         "flags": _flags(trainer.config, trainer.ranks.world),
+        "contents": _contents(trainer),
         "policy": {name: p.detach().cpu() for name, p in trainer.job.vla.named_parameters() if p.requires_grad},
         "optimizer": trainer.whole_optimizer_state(),
         "head": trainer.head.state_dict() if with_head and trainer.head is not None else None,

@@ -17,6 +17,7 @@ from vla_energy.backbones import VLAOutput
 from vla_energy.backbones.tokens import sample_chunks, token_loss, token_metrics
 from vla_energy.distributed import ALONE, Ranks
 from vla_energy.finetune import checkpoints
+from vla_energy.finetune.checkpoint_folders import check_place, drop_partial
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.diffusion import draw_noise, noise_loss, observe, say_samples
 from vla_energy.finetune.energy import HeadTraining, check_head_sources, l1_metrics, load_memory, retrieve
@@ -36,6 +37,7 @@ from vla_energy.finetune.setup import (
 )
 from vla_energy.finetune.sharding import gathered, optimizer_state, whole
 from vla_energy.finetune.signals import RunStoppedError, StopSignals, ValidationStoppedError
+from vla_energy.fingerprint import fingerprint
 from vla_energy.outcomes import RolloutFrames
 
 logger = logging.getLogger(__name__)
@@ -63,7 +65,10 @@ class Trainer:
             raise FlagError(
                 f"{config.run_dir} holds a run already: go on with --resume True, or name another by --run_id_override"
             )
+        if ranks.is_main:
+            check_place(config)
         self.job = prepare(config, ranks)
+        self.started_from = fingerprint(vla_folder(config), policy_only=True)
         # Opened now, so that a broken held-out shard is told before training and not after it.
         self.held_out = open_split(config, self.job.vla, "val", self.job.statistics) if config.use_val_set else None
         self.rollouts = open_rollouts(config, self.job.vla, self.job.statistics)
@@ -141,6 +146,7 @@ class Trainer:
                     stopping = self._stop_signal()
                 if self._every(config.save_freq) or stopping is not None:
                     self._save(log)
+                    stopping = stopping or self._stop_signal()  # one that came while it was saved: it need not again
                 if stopping is not None:
                     raise RunStoppedError(stopping, checkpoints.folder_of(config, self.step))
         return results
@@ -155,7 +161,9 @@ class Trainer:
 
     def _open_log(self) -> MetricLog:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
-        return MetricLog(self.config, self.step)
+        log = MetricLog(self.config, self.step)
+        drop_partial(self.config)
+        return log
 
     def _stop_signal(self) -> int | None:
         """The signal that came on any rank; None before one did, and after the last step."""
