@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vla_energy.calibrate import _hoeffding_bentkus, _shares, calibrate_margin, 
 from vla_energy.checkpoint import CheckpointError, save_head
 from vla_energy.compatibility import CompatibilityError
 from vla_energy.config import EnergyConfig, HeadConfig
+from vla_energy.durable import seal
 from vla_energy.head import EnergyHead
 from vla_energy.rerank import Reranker, rerank
 
@@ -270,6 +272,19 @@ def test_the_share_of_an_episode_is_one_draw() -> None:
     assert _hoeffding_bentkus(draws, 0.1) == pytest.approx(min(math.exp(-60 * kl), bentkus))
     assert _hoeffding_bentkus(torch.full((60,), 0.2), 0.1) == 1.0
     assert _hoeffding_bentkus(torch.zeros(20), 0.1) == pytest.approx(0.9**20)
+
+
+def test_a_head_of_another_step_under_this_ones_name_is_told(tmp_path: Path) -> None:
+    """Whole by its own checksum: the folder's manifest tells."""
+    heads = {step: EnergyHead(D, A, H, EnergyConfig()) for step in (4, 8)}
+    for step, head in heads.items():
+        file = save_head(tmp_path / str(step), head, step, _statistics())
+        seal(tmp_path / str(step), step)
+        assert Reranker.from_checkpoint(file).counters["decisions"] == 0
+    other = tmp_path / "4" / "energy_head--4_checkpoint.safetensors"
+    shutil.copyfile(other, tmp_path / "8" / "energy_head--8_checkpoint.safetensors")
+    with pytest.raises(CheckpointError, match=r"energy_head--8.* is damaged.*delete its manifest.json"):
+        Reranker.from_checkpoint(tmp_path / "8")
 
 
 @pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics
-from vla_energy.checkpoint import load_head
+from vla_energy.checkpoint import CheckpointError, find_one, load_head
 from vla_energy.compatibility import CompatibilityError, check_statistics
 from vla_energy.config import EnergyConfig
+from vla_energy.durable import MANIFEST, check_seal
 from vla_energy.fallback import Fallback
 from vla_energy.gates import load_gates
 
@@ -179,10 +180,13 @@ class Reranker:
         what calibration while fine-tuning stored with the head (None is a shut gate); with a warning, the config's.
 
         Raises:
-            CheckpointError: there is none or more than one, or it cannot be used, or the folder's gates cannot; the
-                message names it.
+            CheckpointError: there is none or more than one, or it cannot be used, or is not the one that was saved with
+                the folder, or the folder's gates cannot be used; the message names it.
         """
-        loaded = load_head(path)
+        path = Path(path)
+        file = find_one(path, "energy_head--") if path.is_dir() else path
+        loaded = load_head(file)
+        _check_sealed(file)
         loaded.head.eval()
         if margin is None:
             margin = load_gates(path)[0].get("rerank")
@@ -265,6 +269,16 @@ class Reranker:
         tallies = torch.stack([result.accepted.sum(), (~finite).sum(), (finite & ~usable).sum(), alone.sum()]).tolist()
         for name, value in zip(self.counters, (len(finite), *tallies), strict=True):
             self.counters[name] += value
+
+
+def _check_sealed(file: Path) -> None:
+    """A head that is whole may still be another step's, put there under this one's name; see `durable.seal`."""
+    try:
+        check_seal(file.parent, lambda name: name == file.name)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}; take another copy of the checkpoint, or, if you changed it on purpose, delete its {MANIFEST}"
+        ) from error
 
 
 def check_energies(broken: Tensor, fallback: Fallback, what: str) -> None:
