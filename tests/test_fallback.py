@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from vla_energy import EnergyConfig, EnergyHead, Reranker
+from vla_energy.backbones import LoadedVLA, load_openvla, save_openvla
 from vla_energy.checkpoint import save_head
 from vla_energy.compatibility import CompatibilityError
+from vla_energy.config import CandidatesConfig
 from vla_energy.fallback import Fallback
 from vla_energy.rerank import EnergyError
 from vla_energy.rollout.interface import Request
@@ -98,15 +102,33 @@ def test_a_head_with_numbers_for_some_chunks_says_so_and_chooses_among_them(
 @pytest.fixture(scope="module")
 def folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, statistics: Any) -> Path:
     """The tiny policy with a head whose gate is open."""
-    import shutil
-
     folder = tmp_path_factory.mktemp("policy") / "vla"
     shutil.copytree(tiny_folder, folder)
-    from vla_energy.backbones import load_openvla
+    _add_head(folder, load_openvla(folder), EnergyConfig(), statistics)
+    return folder
 
-    vla = load_openvla(folder)
+
+def _add_head(folder: Path, vla: LoadedVLA, config: EnergyConfig, statistics: Any) -> None:
     torch.manual_seed(0)
-    save_head(folder, EnergyHead(vla.context_dim, 4, 8, EnergyConfig()), 0, statistics, {"rerank_margin": 0.0})
+    save_head(folder, EnergyHead(vla.context_dim, 4, 8, config), 0, statistics, {"rerank_margin": 0.0})
+
+
+DRAWS: dict[str, dict[str, Any]] = {
+    "diffusion": {"new_head": True, "use_diffusion": True, "diffusion_steps": (4, 2)},
+    "tokens": {"discrete": True},
+}
+
+
+@pytest.fixture(scope="module", params=DRAWS)
+def drawing_folder(
+    request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, statistics: Any
+) -> Path:
+    """A policy whose chunk, or whose candidates, come from the request's generator; the gate is open."""
+    torch.manual_seed(1)
+    vla = load_openvla(tiny_folder, action_dim=4, **DRAWS[request.param])
+    folder = tmp_path_factory.mktemp(request.param) / "vla"
+    save_openvla(vla, folder, 0, processor_files=vla.folder, statistics=vla.statistics, dtype=torch.float32)
+    _add_head(folder, vla, EnergyConfig(candidates=CandidatesConfig(samples=2)), statistics)
     return folder
 
 
@@ -134,7 +156,8 @@ def test_a_policy_falls_back_bit_for_bit_wherever_it_fails(
 ) -> None:
     target, arm = PLACES[place]
     strict, policy = (CheckpointPolicy(folder, strict=strict) for strict in (True, False))
-    expected = policy.act(_requests(), "policy")
+    alone = _requests()
+    expected = policy.act(alone, "policy")
     assert [decision.telemetry["fallback"] for decision in policy.act(_requests(), arm)] == [0.0, 0.0]
 
     def fail(*_: Any, **__: Any) -> Any:
@@ -143,13 +166,38 @@ def test_a_policy_falls_back_bit_for_bit_wherever_it_fails(
     monkeypatch.setattr(target, fail)
     requests = _requests()
     decisions = policy.act(requests, arm)
-    for own, decision, request in zip(expected, decisions, requests, strict=True):
+    for own, decision in zip(expected, decisions, strict=True):
         assert np.array_equal(own.actions.values, decision.actions.values)
         assert not decision.accepted and decision.telemetry == {"fallback": 1.0} and decision.memo is None
-        assert request.generator.initial_seed() in (0, 1)
+    assert _states(requests) == _states(alone), "what the failed decision drew is put back"
     assert policy.fallback.counts == {"IndexError": 1} and f"arm {arm} failed" in caplog.text
     with pytest.raises(IndexError, match="a bug"):
         strict.act(_requests(), arm)
+
+
+def _states(requests: Sequence[Request]) -> list[bytes]:
+    return [request.generator.get_state().numpy().tobytes() for request in requests]
+
+
+def test_a_policy_that_draws_falls_back_to_the_chunks_that_it_would_have_drawn_alone(
+    drawing_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over an episode's decisions: each starts where the generators of the one before it stopped."""
+    policy, alone, requests = CheckpointPolicy(drawing_folder), _requests(), _requests()
+    before = _states(requests)
+    policy.act(_requests(), "rerank")
+    assert not policy.fallback.total, "it can rerank"
+
+    def fail(*_: Any) -> Any:
+        raise IndexError("a bug")
+
+    monkeypatch.setattr(policy._advisor, "decide", fail)
+    for turn in range(2):
+        for own, decision in zip(policy.act(alone, "policy"), policy.act(requests, "rerank"), strict=True):
+            assert np.array_equal(own.actions.values, decision.actions.values)
+        assert _states(requests) == _states(alone)
+        assert policy.fallback.total == turn + 1
+    assert (_states(alone) != before) == policy._vla.diffuses, "a chunk of tokens is the likeliest, not a drawn one"
 
 
 @pytest.mark.parametrize("arm", ["rerank", "refine", "replan"])

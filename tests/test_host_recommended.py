@@ -43,8 +43,8 @@ def write_tokenizer(folder: Path) -> Any:
 class Asked:
     """A host's evaluation with `recommended`, asked by instruction."""
 
-    def __init__(self, tmp_path: Path, tasks: dict[str, str], margin: float = 0.0) -> None:
-        self.vla, self.head, self.settings = evaluation(tmp_path, None, mode="recommended")
+    def __init__(self, tmp_path: Path, tasks: dict[str, str], margin: float = 0.0, strict: bool = False) -> None:
+        self.vla, self.head, self.settings = evaluation(tmp_path, None, mode="recommended", strict=strict)
         folder = Path(self.settings.pretrained_checkpoint)
         save_gates(folder, {"rerank": margin, "refine": margin}, tasks)
         self.tokenizer = write_tokenizer(folder)
@@ -117,11 +117,35 @@ def test_another_prompt_or_none_is_an_error(tmp_path: Path) -> None:
     model.embed(torch.tensor([tokenizer.encode("USER: what now? ASSISTANT:").ids]))
     with pytest.raises(HostError, match="no instruction in the prompt 'USER: what now"):
         instructions.take()
+    model.embed(input=torch.tensor(rows))
+    with pytest.raises(HostError, match="embedded no prompt"):
+        instructions.take()
 
 
-def test_one_mode_for_all_rows(tmp_path: Path) -> None:
-    asked = Asked(tmp_path, {BOWL: "rerank"})
-    reranked = asked.rerank()
-    reranked._instructions = SimpleNamespace(take=lambda: [BOWL, OTHER])
-    with pytest.raises(HostError, match="one observation at a time"):
-        asked.vla.predict_action(asked.ids(BOWL), reranked)
+BAD_PROMPTS = {
+    "rows": "--energy.mode recommended takes one observation at a time",
+    "text": "no instruction in the prompt",
+    "none": "the model embedded no prompt",
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("what", BAD_PROMPTS)
+def test_a_prompt_that_cannot_be_used_is_no_failed_episode(tmp_path: Path, what: str, strict: bool) -> None:
+    """A program that ends where strict, else the host's own chunks: its episodes would count an exception."""
+    asked = Asked(tmp_path, {BOWL: "rerank"}, strict=strict)
+    reranked, ids, text = asked.rerank(), asked.ids(BOWL), BAD_PROMPTS[what]
+    if what == "rows":
+        ids = torch.cat([ids, ids.roll(1, 1)])  # the fake takes rows of one length
+        reranked._instructions = SimpleNamespace(take=lambda: [BOWL, OTHER])
+    elif what == "text":
+        ids = ids[:, :9]
+    else:
+        asked.vla.embed._forward_pre_hooks.clear()
+    plain = asked.vla.predict_action(ids, asked.head)
+    if strict:
+        with pytest.raises(SystemExit, match=f"error: --energy.mode recommended failed: HostError: {text}"):
+            asked.vla.predict_action(ids, reranked)
+        return
+    assert torch.equal(asked.vla.predict_action(ids, reranked), plain)
+    assert reranked.fallback.counts == {"HostError": 1} and reranked.counts == {"chunks": len(ids), "accepted": 0}

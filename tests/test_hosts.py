@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -381,6 +383,68 @@ def _placeholders() -> Tensor:
     mask = torch.zeros(1, PROMPT + H * A + 1, dtype=torch.bool)
     mask[:, PROMPT:-1] = True
     return mask
+
+
+def _without_hidden_states(reranked: Any, patch: pytest.MonkeyPatch) -> None:
+    reranked._hidden.remove()
+
+
+def _with_a_cache(reranked: Any, patch: pytest.MonkeyPatch) -> None:
+    """The last call of the language model then sees the newest token alone."""
+    whole = reranked._hidden.take
+    patch.setattr(reranked._hidden, "take", lambda: tuple(layer[:, -1:] for layer in whole()))
+
+
+def _with_a_bug(reranked: Any, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise IndexError("a bug")
+
+    patch.setattr(reranked._advisor, "decide", fail)
+
+
+def _with_a_chunk_that_is_none(reranked: Any, patch: pytest.MonkeyPatch) -> None:
+    decide = reranked._advisor.decide
+
+    def broken(*args: Any) -> Any:
+        proposal, accepted = decide(*args)
+        actions = proposal.actions.clone()
+        actions[:, -1, 0] = torch.nan
+        return dataclasses.replace(proposal, actions=actions), torch.ones_like(accepted)
+
+    patch.setattr(reranked._advisor, "decide", broken)
+
+
+BROKEN = {
+    "no hidden states": (_without_hidden_states, "HostError", "the language model gave no hidden states"),
+    "cache": (_with_a_cache, "HostError", "a sequence of 1 is too short"),
+    "bug": (_with_a_bug, "IndexError", "a bug"),
+    "not finite": (_with_a_chunk_that_is_none, "ValueError", "a chunk that it chose is not finite"),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_fails_while_choosing_is_no_failed_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str, strict: bool
+) -> None:
+    """The host's episodes catch every Exception and count a failure: strict has to raise what they do not catch."""
+    break_it, kind, text = BROKEN[what]
+    vla, head, settings = evaluation(tmp_path, 0.0, strict=strict)
+    ids = batch(5, 1)["input_ids"][:, :PROMPT]
+    plain = vla.predict_action(ids, head).detach()
+    reranked = rerank_action_head(head, settings, vla)
+    break_it(reranked, monkeypatch)
+    with caplog.at_level(logging.ERROR), torch.inference_mode():
+        if strict:
+            with pytest.raises(SystemExit, match=rf"error: --energy.mode rerank failed: {kind}: {text}"):
+                vla.predict_action(ids, reranked)
+            assert "the evaluation ends here" in caplog.text and "Traceback" in caplog.text
+            return
+        for _ in range(2):
+            assert torch.equal(vla.predict_action(ids, reranked), plain)
+    assert reranked.fallback.counts == {kind: 2} and reranked.counts == {"chunks": 2, "accepted": 0}
+    assert reranked.summary().endswith(f"2 chunks asked for, 0 replaced, 2 failed: {{'{kind}': 2}}")
+    assert f"the policy's own chunk is taken (1 times so far): {kind}: {text}" in caplog.text
 
 
 def test_evaluation_refuses_what_does_not_fit(tmp_path: Path) -> None:

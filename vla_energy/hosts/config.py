@@ -52,8 +52,9 @@ class HostRerankConfig:
         mode: `rerank`, `refine`, `retrieve` or `rerank+retrieve`, what the checkpoint's head and memory allow; or
             `recommended`, for each instruction what preflight recommends.
         seed: of the candidates' noise.
-        strict: an exception in candidates, head, memory or gate ends the evaluation (not the host's server, which
-            answers every exception with an error). Else the host's own chunk is taken, which is logged and counted.
+        strict: an exception while a chunk is chosen (hidden states, prompt, candidates, head, memory, gate) ends the
+            evaluation (not the host's server, which answers every exception with an error). Else the host's own chunk
+            is taken, which is logged and counted.
     """
 
     enabled: bool = False

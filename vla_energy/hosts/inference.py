@@ -69,8 +69,8 @@ def _needed(mode: str) -> str:
 class RerankedActionHead:
     """Answers like the host's action head; every other attribute is that head's. See `rerank_action_head`.
 
-    An exception in candidates, head, memory or gate gives the host's own chunk. With `--energy.strict True` it ends the
-    program: as an exception the host would count it as a failed episode.
+    Any exception while it chooses gives the host's own chunk, a `HostError` too (no hidden states, another prompt).
+    With `--energy.strict True` it ends the program: as an exception the host would count it as a failed episode.
 
     Attributes:
         counts: `chunks` asked for, `accepted` among them.
@@ -104,7 +104,7 @@ class RerankedActionHead:
         self._hidden = HiddenStates(vla)
         self.counts: Counter[str] = Counter()
         self._strict = bool(getattr(host.energy, "strict", False))
-        self.fallback = Fallback(self._strict, fatal=(HostError,))
+        self.fallback = Fallback(self._strict)
         used = dict.fromkeys(self._tasks.values()) if self._instructions else [self._mode]
         logger.info("%s, margins %s", self._mode, {mode: self._advisor.gates[mode] for mode in used})
         atexit.register(_say_counts, weakref.ref(self))
@@ -120,13 +120,14 @@ class RerankedActionHead:
 
         Args:
             states: `(B, H*A, D)` of the action tokens, as the host gives them.
+
+        Raises:
+            SystemExit: with `--energy.strict True`, choosing failed.
         """
         chunk = self._head.predict_action(states)
         self.counts.update(chunks=len(chunk), accepted=0)
         try:
             return self.fallback(lambda: self._choose(states, chunk), lambda: chunk, f"--energy.mode {self._mode}")
-        except HostError:
-            raise
         except Exception as error:
             logger.exception("--energy.strict True: the evaluation ends here")
             raise SystemExit(f"error: --energy.mode {self._mode} failed: {type(error).__name__}: {error}") from error

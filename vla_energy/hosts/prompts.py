@@ -40,7 +40,8 @@ class Instructions:
         model.get_input_embeddings().register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._ids = args[0].detach()
+        # Nothing may be raised in here, where no fallback is: `take` tells that there was no prompt.
+        self._ids = args[0].detach() if args else None
 
     def take(self) -> list[str]:
         """The instruction of each of B prompts, in lower case; they are forgotten here.
