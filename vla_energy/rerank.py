@@ -223,6 +223,9 @@ class Reranker:
                 where that is the policy's own, and chooses among the others where it is another's.
         """
         _check_candidates(candidates)
+        for name, value in (("context", context), ("prior", candidates if prior is None else prior)):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} is {type(value).__name__}: expected a tensor")
         if context.ndim != 3 or len(context) != len(candidates):
             raise ValueError(f"context {tuple(context.shape)} for candidates {tuple(candidates.shape)}")
         self._check_dims(candidates.shape[2], candidates.shape[3], context.shape[2])
