@@ -150,9 +150,9 @@ def test_bad_candidates_are_refused(problem: tuple[Tensor, Tensor, Tensor]) -> N
     reranker: Any = _reranker(0.0)
     with pytest.raises(TypeError, match="normalize"):
         reranker(context, mask, RawActions(candidates.numpy()))
-    for given, name in (((None, mask, candidates), "context"), ((context, mask, candidates, [0]), "prior")):
+    for values, name in (((None, mask, candidates), "context"), ((context, mask, candidates, [0]), "prior")):
         with pytest.raises(TypeError, match=f"{name} is .*: expected a tensor"):
-            reranker(*given)
+            reranker(*values)
     with pytest.raises(ValueError, match="at least the policy"):
         reranker(context, mask, candidates[:, :0])
     with pytest.raises(CompatibilityError, match="horizon"):
