@@ -282,7 +282,9 @@ def test_trainings_that_do_not_learn_fail(monkeypatch: pytest.MonkeyPatch, guard
 
 def _faults_result(each: int | None = None, **arms: list[float]) -> dict[str, Any]:
     """The stored one, in both measures with other values."""
-    result = chaos_report.read("faults") | ({} if each is None else {"each": each})
+    result = chaos_report.read("faults")
+    if each is not None:
+        result["each"] = each
     for ranking in result["ranking"].values():
         ranking |= {"untrained": [0.20, 0.22, 0.21, 0.19], "clean": [0.80, 0.81, 0.79, 0.82]} | arms
     return result
@@ -290,8 +292,9 @@ def _faults_result(each: int | None = None, **arms: list[float]) -> dict[str, An
 
 def test_the_stored_faults_pass_and_each_loss_of_learning_is_found() -> None:
     judged = chaos_faults.judge(chaos_report.read("faults"))
-    assert judged["ok"] and judged["told"] and judged["skips"]["with_fault"] == {"steps": 14_300, "skipped": 10_259}
-    assert judged["skips"]["without_fault"] == {"steps": 85_700, "skipped": 0}
+    met, others = judged["skips"]["with_fault"], judged["skips"]["without_fault"]
+    assert judged["ok"] and judged["told"] and met["skipped"] > met["steps"] / 2 and others["skipped"] == 0
+    assert (met["steps"], others["steps"]) == (14_300, 85_700)
     assert chaos_faults.judge(_faults_result(faulty=[0.80, 0.80, 0.79, 0.81]))["ok"]
     nothing = {name: [0.20, 0.22, 0.21, 0.19] for name in ("clean", "faulty")}
     for arms in (
@@ -321,13 +324,16 @@ def test_the_difference_is_judged_where_pairs_are_enough_and_long() -> None:
 
 def test_skips_without_a_fault_are_told_and_fail() -> None:
     result = chaos_report.read("faults")
-    most = 85_700  # steps without a fault
+    met = chaos_faults.skips(result)["with_fault"]
+    most = result["steps"] - met["steps"]
     for stray in (0, most // 100, most // 100 + 1, most):
+        result["answers"] = {"context:nan": {"step": met["steps"] - met["skipped"], "nonfinite": met["skipped"]}}
         result["without_fault"] = {"step": most - stray, "nonfinite": stray}
-        result["counters"] |= {"steps": 100_000 - 10_259 - stray, "nonfinite": 10_259 + stray}
+        skipped = met["skipped"] + stray
+        result["counters"] = {"steps": result["steps"] - skipped, "nonfinite": skipped, "clipped": 3}
         judged, words = chaos_faults.judge(result), chaos_report.in_words("faults", result)
         assert judged["against"] == ["skips without a fault"] * (stray > most // 100)
-        assert f"skipped 10,259 of 14,300 steps with a fault, {stray:,} of {most:,} without" in words
+        assert f"of {met['steps']:,} steps with a fault, {stray:,} of {most:,} without" in words
     del result["without_fault"]  # an old result: the guard's counters tell
     assert chaos_faults.judge(result)["against"] == ["steps miscounted", "skips without a fault"]
     for name in ("bad_steps", "nonfinite_state"):
