@@ -27,6 +27,15 @@ KINDS = (*(f"{place}:{name}" for place in PLACES for name in (*VALUES, "bf16_ove
 EVERY = 7  # steps between two faults
 _WIDTH, _TOKENS = 32, 8
 MEASURES = ("spearman", "win_rate/in_batch")
+EACH = 5_000  # steps of a training, unless asked otherwise
+# Learning is judged by both measures' sum: the Spearman correlation alone moves by a fifth of its gain from run to run.
+LEARNS = 100  # steps after which every run looked at had gained more than twice what `GAIN` asks for
+GAIN = 0.1  # over the untrained head: two standard deviations between untrained heads
+SHARE = 0.5  # of what its twin without faults gained
+RANKED_PAIRS, RANKED_STEPS = 3, 2_000  # from here on, losing the skipped steps costs less than `WORSE`
+WORSE = 0.01
+STRAY_SKIPS = 0.01  # of the steps without a fault
+_STUDENT = (4.303, 3.182, 2.776, 2.571, 2.447)  # two-sided 95 %, from 2 degrees of freedom; the last is wide for more
 
 
 class ChaosInjector(Injector):
@@ -128,21 +137,22 @@ def measures(head: EnergyHead, features: Features, config: EnergyConfig) -> dict
     return {"spearman": energy["spearman"], "win_rate/in_batch": energy["win_rate"]["in_batch"]}
 
 
-def faults(steps: int, each: int = 5_000, pairs: int = 4, say: Callable[[dict[str, Any]], None] | None = None) -> dict:
+def faults(steps: int, each: int = EACH, pairs: int = 4, say: Callable[[dict[str, Any]], None] | None = None) -> dict:
     """Trainings of `each` steps with faults, `steps` in all; the first `pairs` beside one without, on the same frames.
 
     Args:
         say: called with the result so far after each training.
 
     Returns:
-        `steps`, `bad_steps`, `nonfinite_state`, `injected` and `answers` by kind, `without_fault` (answers to
-        other steps), `miscounted`, see there, `ranking`, see `_compare`; `ok`.
+        `steps`, `each`, `bad_steps`, `nonfinite_state`, `injected` and `answers` by kind, `without_fault` (answers to
+        other steps), `ranking` (by measure, the values of each arm by seed); `judged`, see `judge`; `ok`.
     """
     torch.set_num_threads(1)
     train_set, held_out = (wide_features(count, seed, _WIDTH, _TOKENS) for count, seed in ((2_000, 0), (400, 1)))
     config, each = small_config(), min(each, steps)
     rows: dict[str, list[dict[str, float]]] = {"untrained": [], "clean": [], "faulty": []}
-    result: dict[str, Any] = {"steps": 0, "bad_steps": 0, "nonfinite_state": 0, "seconds": 0.0, "counters": {}}
+    result: dict[str, Any] = {"steps": 0, "each": each, "bad_steps": 0, "nonfinite_state": 0, "seconds": 0.0}
+    result["counters"] = {}
     without_fault: dict[str, int] = {}
     injected, answers = dict.fromkeys(KINDS, 0), {kind: dict[str, int]() for kind in KINDS}
     for seed in range(-(-steps // each)):
@@ -163,15 +173,77 @@ def faults(steps: int, each: int = 5_000, pairs: int = 4, say: Callable[[dict[st
         _add(without_fault, injector.without_fault)
         result |= {"steps": (seed + 1) * each, "injected": injected, "answers": answers}
         result["without_fault"] = without_fault
-        result["miscounted"] = miscounted(result)
-        result["ranking"] = {
-            name: _compare({arm: [row[name] for row in rows[arm]] for arm in rows}) for name in MEASURES
-        }
-        kept = all(entry["kept"] for entry in result["ranking"].values())
-        result["ok"] = kept and not (result["bad_steps"] or result["nonfinite_state"] or result["miscounted"])
+        result["ranking"] = {name: {arm: [row[name] for row in rows[arm]] for arm in rows} for name in MEASURES}
+        result["judged"] = judge(result)
+        result["ok"] = result["judged"]["ok"]
         if say is not None:
             say(result)
     return result
+
+
+def judge(result: dict[str, Any]) -> dict[str, Any]:
+    """What a result of `faults` says; of old results too, whose trainings were of `EACH` steps.
+
+    Always: every parameter and the optimiser's state stay finite, the guard's counters are what it answered, and at
+    most `STRAY_SKIPS` of the steps without a fault are skipped. From `LEARNS` steps a training: each clean run gained
+    at least `GAIN` on its untrained head, all measures together, and its twin with faults at least `SHARE` of that.
+    From `RANKED_PAIRS` pairs of `RANKED_STEPS`: in no measure is the mean difference of faulty to clean below
+    -`WORSE` and beyond its error by Student's t. With fewer pairs, their spread is not known well enough to tell.
+
+    Returns:
+        `skips`, see there; `miscounted`, see there; `gains` of the clean runs and `shares` of them that the faulty
+        ones gained, by pair; `told`: whether these are judged; `differences`: by measure, the mean `difference` and
+        what is `allowed` (None where it is not judged); `against`: in words, what fails; `ok`.
+    """
+    each = result.get("each", min(EACH, result["steps"]))
+    found: dict[str, Any] = {"skips": skips(result), "miscounted": miscounted(result), "told": each >= LEARNS}
+    stray = found["skips"]["without_fault"]
+    against = {
+        "parameters that are not finite": result["bad_steps"],
+        "an optimiser's state that is not finite": result["nonfinite_state"],
+        "steps miscounted": found["miscounted"],
+        "skips without a fault": stray["skipped"] > STRAY_SKIPS * stray["steps"],
+    }
+    untrained, clean, faulty = (
+        torch.tensor([result["ranking"][name][arm] for name in MEASURES]) for arm in ("untrained", "clean", "faulty")
+    )
+    gains = (clean - untrained).sum(0)
+    # Of `GAIN` at least: a share of nothing would be had for nothing.
+    shares = (faulty - untrained).sum(0) / gains.clamp(min=GAIN)
+    found |= {"gains": gains.tolist(), "shares": shares.tolist(), "differences": {}}
+    # Written so that NaN fails too.
+    against["hardly learned without faults"] = found["told"] and not bool((gains >= GAIN).all())
+    against["hardly learned with faults"] = found["told"] and not bool((shares >= SHARE).all())
+    for name, differences in zip(MEASURES, faulty - clean, strict=True):
+        difference, allowed = float(differences.mean()), None
+        if len(differences) >= RANKED_PAIRS and each >= RANKED_STEPS:
+            student = _STUDENT[min(len(differences) - RANKED_PAIRS, len(_STUDENT) - 1)]
+            allowed = max(WORSE, student * float(differences.std()) / len(differences) ** 0.5)
+            against[f"{name} worse with faults"] = not difference >= -allowed
+        found["differences"][name] = {"difference": difference, "allowed": allowed}
+    found["against"] = [words for words, wrong in against.items() if wrong]
+    return found | {"ok": not found["against"]}
+
+
+def skips(result: dict[str, Any]) -> dict[str, dict[str, int]]:
+    """Of the steps `with_fault` and `without_fault`: how many `steps` there were and how many were `skipped`.
+
+    In old results, which lack the answers to steps without a fault, the guard's other skips are those.
+    """
+    answers: dict[str, int] = {}
+    for part in result["answers"].values():
+        _add(answers, part)
+    steps = sum(answers.values())
+    skipped = steps - answers.get("step", 0)
+    if (others := result.get("without_fault")) is not None:
+        stray = sum(others.values()) - others.get("step", 0)
+    else:
+        counters = result["counters"]
+        stray = sum(counters.values()) - counters["steps"] - counters["clipped"] - skipped
+    return {
+        "with_fault": {"steps": steps, "skipped": skipped},
+        "without_fault": {"steps": result["steps"] - steps, "skipped": stray},
+    }
 
 
 def miscounted(result: dict[str, Any]) -> int:
@@ -191,16 +263,3 @@ def miscounted(result: dict[str, Any]) -> int:
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
     for name, count in more.items():
         total[name] = total.get(name, 0) + count
-
-
-def _compare(arms: dict[str, list[float]]) -> dict[str, Any]:
-    """Values by arm and seed, and the mean paired `difference` of faulty to clean with its `noise`.
-
-    `kept`: the difference is not below -0.01, or is within two of the larger of its standard error and the standard
-    deviation between clean seeds; one pair alone may be 0.1 below.
-    """
-    clean, faulty = torch.tensor(arms["clean"]), torch.tensor(arms["faulty"])
-    differences = faulty - clean
-    noise = 0.05 if len(clean) < 2 else max(float(differences.std()) / len(clean) ** 0.5, float(clean.std()))
-    mean = float(differences.mean())
-    return {**arms, "difference": mean, "noise": noise, "kept": mean >= -max(0.01, 2 * noise)}

@@ -80,19 +80,34 @@ def _kill_words(result: dict[str, Any]) -> tuple[str, str]:
 
 
 def _faults(name: str, result: dict[str, Any]) -> str:
-    return _line(name, "faults", result)
+    # By the rule of today: a result may have been written under an older one.
+    return _line(name, "faults", result | {"ok": _judged(result)["ok"]})
+
+
+def _judged(result: dict[str, Any]) -> dict[str, Any]:
+    from chaos_faults import judge  # with torch, which nothing else here needs
+
+    return judge(result)
 
 
 def _faults_words(result: dict[str, Any]) -> tuple[str, str]:
-    injected = result["injected"]
-    skipped = sum(count for answers in result["answers"].values() for why, count in answers.items() if why != "step")
+    injected, judged = result["injected"], _judged(result)
     much = f"{result['steps']:,} head steps with {sum(injected.values()):,} faults of "
     much += f"{sum(count > 0 for count in injected.values())} kinds"
-    ranking = "; ".join(
-        f"{measure} {entry['difference']:+.4f} to the runs without faults (noise {entry['noise']:.4f})"
-        for measure, entry in result["ranking"].items()
+    met, others = judged["skips"]["with_fault"], judged["skips"]["without_fault"]
+    found = (
+        f"{result['bad_steps']} steps with a parameter that is not finite; skipped {met['skipped']:,} of "
+        f"{met['steps']:,} steps with a fault, {others['skipped']:,} of {others['steps']:,} without"
     )
-    found = f"{result['bad_steps']} steps with a parameter that is not finite, {skipped:,} steps skipped; {ranking}"
+    gains = judged["gains"]
+    found += f"; {' + '.join(result['ranking'])} learned {sum(gains) / len(gains):+.4f} without faults, each run with "
+    found += f"them at least {100 * min(judged['shares']):.0f} % of its twin's"
+    found += " (half is asked)" if judged["told"] else " (too short to judge)"
+    for measure, entry in judged["differences"].items():
+        found += f"; {measure} {entry['difference']:+.4f} to the runs without faults"
+        found += " (not judged)" if entry["allowed"] is None else f" ({-entry['allowed']:.4f} allowed)"
+    if judged["against"]:
+        found += f"; against it: {', '.join(judged['against'])}"
     return much, found
 
 

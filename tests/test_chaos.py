@@ -230,14 +230,114 @@ def test_a_guard_that_counts_wrongly_is_noticed(monkeypatch: pytest.MonkeyPatch)
         def _count_skip(self, verdict: str, norm: float) -> None:
             super()._count_skip("too_large", norm)
 
-    assert chaos_faults.faults(30, 30, 1)["miscounted"] == 0
+    assert chaos_faults.faults(30, 30, 1)["judged"]["miscounted"] == 0
     monkeypatch.setattr(chaos_faults, "GuardedOptimizer", Wrong)
     result = chaos_faults.faults(30, 30, 1)
-    assert result["miscounted"] > 0 and not result["ok"]
+    assert result["judged"]["miscounted"] > 0 and not result["ok"]
     old = chaos_report.read("faults")
     assert chaos_faults.miscounted(old) == 0
     old["counters"]["nonfinite"] -= 1
     assert chaos_faults.miscounted(old) == 2
+
+
+class _SkipsAll(GuardedOptimizer):
+    def _joint(self, severity: int) -> int:
+        return 3
+
+
+class _Idle(GuardedOptimizer):
+    idle = True
+
+    def _set_learning_rate(self) -> None:
+        super()._set_learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] *= not self.idle
+
+
+class _IdleAfterASkip(_Idle):
+    idle = False
+
+    def _count_skip(self, verdict: str, norm: float) -> None:
+        super()._count_skip(verdict, norm)
+        self.idle = True
+
+
+@pytest.mark.parametrize(
+    ("guard", "reasons"),
+    [
+        (GuardedOptimizer, []),
+        (_SkipsAll, ["skips without a fault", "hardly learned without faults", "hardly learned with faults"]),
+        (_Idle, ["hardly learned without faults", "hardly learned with faults"]),
+        (_IdleAfterASkip, ["hardly learned with faults"]),
+    ],
+)
+def test_trainings_that_do_not_learn_fail(monkeypatch: pytest.MonkeyPatch, guard: type, reasons: list[str]) -> None:
+    monkeypatch.setattr(chaos_faults, "GuardedOptimizer", guard)
+    monkeypatch.setattr(chaos_faults, "LEARNS", 60)  # seed 0 has learned enough by then
+    result = chaos_faults.faults(60, 60, 1)
+    assert result["judged"]["against"] == reasons and result["ok"] == (not reasons)
+    words = chaos_report.in_words("faults", result)
+    assert not result["bad_steps"] and all(reason in words for reason in reasons)
+
+
+def _faults_result(each: int | None = None, **arms: list[float]) -> dict[str, Any]:
+    """The stored one, in both measures with other values."""
+    result = chaos_report.read("faults")
+    if each is not None:
+        result["each"] = each
+    for ranking in result["ranking"].values():
+        ranking |= {"untrained": [0.20, 0.22, 0.21, 0.19], "clean": [0.80, 0.81, 0.79, 0.82]} | arms
+    return result
+
+
+def test_the_stored_faults_pass_and_each_loss_of_learning_is_found() -> None:
+    judged = chaos_faults.judge(chaos_report.read("faults"))
+    met, others = judged["skips"]["with_fault"], judged["skips"]["without_fault"]
+    assert judged["ok"] and judged["told"] and met["skipped"] > met["steps"] / 2 and others["skipped"] == 0
+    assert (met["steps"], others["steps"]) == (14_300, 85_700)
+    assert chaos_faults.judge(_faults_result(faulty=[0.80, 0.80, 0.79, 0.81]))["ok"]
+    nothing = {name: [0.20, 0.22, 0.21, 0.19] for name in ("clean", "faulty")}
+    for arms in (
+        nothing,  # both alike: no difference tells
+        {"faulty": [0.48, 0.49, 0.47, 0.48]},  # less than half of the gain
+        {"faulty": [0.80, 0.81, 0.79, 0.30]},  # one of four: within the noise that it makes
+        {"faulty": [0.80, 0.81, 0.79, float("nan")]},
+        {"untrained": [0.80, 0.81, 0.79, 0.82], "faulty": [0.80, 0.81, 0.79, 0.82]},
+    ):
+        for each in (None, 5_000, 100):
+            assert not chaos_faults.judge(_faults_result(each, **arms))["ok"], (arms, each)
+    short = _faults_result(99, **nothing)
+    assert chaos_faults.judge(short)["ok"] and "too short to judge" in chaos_report.in_words("faults", short)
+
+
+def test_the_difference_is_judged_where_pairs_are_enough_and_long() -> None:
+    worse = {"faulty": [0.76, 0.78, 0.75, 0.79]}
+    assert chaos_faults.judge(_faults_result(2_000, **worse))["against"] == [
+        f"{name} worse with faults" for name in chaos_faults.MEASURES
+    ]
+    assert chaos_faults.judge(_faults_result(1_999, **worse))["ok"]
+    assert chaos_faults.judge(_faults_result(5_000, faulty=[0.76, 0.83, 0.75, 0.82]))["ok"], "within noise"
+    # As measured on two pairs of 300 steps, whose standard deviation happens to be small.
+    two = {"untrained": [0.48, 0.54], "clean": [0.8397, 0.8422], "faulty": [0.8340, 0.8258]}
+    assert chaos_faults.judge(_faults_result(300, **two))["ok"]
+
+
+def test_skips_without_a_fault_are_told_and_fail() -> None:
+    result = chaos_report.read("faults")
+    met = chaos_faults.skips(result)["with_fault"]
+    most = result["steps"] - met["steps"]
+    for stray in (0, most // 100, most // 100 + 1, most):
+        result["answers"] = {"context:nan": {"step": met["steps"] - met["skipped"], "nonfinite": met["skipped"]}}
+        result["without_fault"] = {"step": most - stray, "nonfinite": stray}
+        skipped = met["skipped"] + stray
+        result["counters"] = {"steps": result["steps"] - skipped, "nonfinite": skipped, "clipped": 3}
+        judged, words = chaos_faults.judge(result), chaos_report.in_words("faults", result)
+        assert judged["against"] == ["skips without a fault"] * (stray > most // 100)
+        assert f"of {met['steps']:,} steps with a fault, {stray:,} of {most:,} without" in words
+    del result["without_fault"]  # an old result: the guard's counters tell
+    assert chaos_faults.judge(result)["against"] == ["steps miscounted", "skips without a fault"]
+    for name in ("bad_steps", "nonfinite_state"):
+        assert not chaos_faults.judge(chaos_report.read("faults") | {name: 1})["ok"]
 
 
 def test_the_pages_numbers_are_those_of_the_results() -> None:
