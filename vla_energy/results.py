@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -87,12 +88,30 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"cannot write results to {path}: it is a folder; name a file in it")
     try:
+        require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent) as file:
             file.write(bytes(_ROOM))  # an empty file fits on a full disk
             file.flush()
     except OSError as error:
         raise OSError(f"cannot write results to {path}: {error}") from error
+
+
+def require_replaceable(path: str | Path) -> None:
+    """Raises OSError where a rename onto `path` would destroy a device file, a pipe or a socket of the machine.
+
+    Links are replaced and not followed, but not one that stands for a device, nor /dev/stdout, which is one into /proc.
+    """
+    path = Path(path)
+    for look in (os.lstat, os.stat):
+        try:
+            mode = look(path).st_mode
+        except OSError:  # nothing there, or a link to nothing, which is replaced like any other
+            break
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):  # a folder cannot be replaced anyway
+            raise OSError("it is no regular file, and would be replaced by one: name another")
+    if path.is_symlink() and os.readlink(path).startswith("/proc/"):
+        raise OSError("it is a link of the system's, and would be replaced by a file: name another")
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -115,6 +134,7 @@ def write_whole(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        require_replaceable(path)
         temporary.unlink(missing_ok=True)  # a link there would be followed
         with temporary.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)
