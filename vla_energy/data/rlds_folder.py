@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vla_energy.data.datasets import DatasetError
 
 INFO, FEATURES = "dataset_info.json", "features.json"
+
+# Keys of features.json whose text tensorflow-datasets imports as a class: of today's form, in either spelling that
+# protobuf reads, and of the older form; then those whose text it reads as JSON once more.
+_CLASS, _NESTED = ("pythonClassName", "python_class_name", "type"), ("json", "content")
+_ITS_OWN = re.compile(r"tensorflow_datasets\.core\.features(\.[A-Za-z_][A-Za-z_0-9]*)+")
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,45 @@ def _versions(folder: Path) -> list[Path]:
     candidates = [folder, *(entry for entry in folder.iterdir() if entry.is_dir() and "incomplete" not in entry.name)]
     complete = [entry for entry in candidates if (entry / INFO).is_file() and (entry / FEATURES).is_file()]
     return sorted(complete, key=lambda entry: [int(part) if part.isdigit() else -1 for part in entry.name.split(".")])
+
+
+def check_features(folder: Path) -> None:
+    """Proves that tensorflow-datasets, which imports the classes that the file names, will run no code but its own.
+
+    `dataset_info.json` names a module, too: the one that wrote the dataset, which is not imported.
+
+    Raises:
+        DatasetError: a class of another package, or a damaged file.
+    """
+    path = folder / FEATURES
+    try:
+        for name in _classes(json.loads(path.read_text(encoding="utf-8"))):
+            if not _ITS_OWN.fullmatch(name):
+                raise DatasetError(
+                    f"{path} names the class {name!r:.200}: it would be imported, and its code be run; only "
+                    "tensorflow-datasets' own features (tensorflow_datasets.core.features) are read"
+                )
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, DatasetError):
+            raise
+        raise DatasetError(f"{path} is damaged: {error}") from error
+
+
+def _classes(node: Any) -> Iterator[str]:
+    """The classes' names in features.json, at any depth."""
+    if isinstance(node, list):
+        for item in node:
+            yield from _classes(item)
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        if isinstance(value, str):
+            if key in _CLASS:
+                yield value
+            elif key in _NESTED:
+                yield from _classes(json.loads(value))
+        else:  # features may have these names, too
+            yield from _classes(value)
 
 
 def check_shard(shard: Shard) -> None:
