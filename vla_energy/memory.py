@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, StatisticsError
 from vla_energy.checkpoint import CheckpointError, atomic_write, digest, find_one, to_bytes
+from vla_energy.results import require_regular
 
 TOKEN_WIDTH = 8
 """Numbers a token is projected to."""
@@ -264,6 +265,7 @@ class ChunkMemory:
         path = Path(path)
         path = find_one(path, PREFIX) if path.is_dir() else path
         try:
+            require_regular(path)
             with safe_open(str(path), framework="pt") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
                 if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):

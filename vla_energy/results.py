@@ -114,6 +114,15 @@ def require_replaceable(path: str | Path) -> None:
         raise OSError("it is a link of the system's, and would be replaced by a file: name another")
 
 
+def require_regular(path: Path) -> None:
+    """Raises OSError naming what is at `path` and no file: opening a pipe, as a folder may hold, waits without end.
+
+    Where nothing is, or a link to nothing, it is opening that fails.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file: delete it, or copy the file itself there")
+
+
 def write_json(path: str | Path, data: Any) -> None:
     """Writes JSON as `write_whole` does. Values that it lacks (NaN and infinities, as telemetry may hold) become null.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_energy.data.datasets import DatasetError
+from vla_energy.results import require_regular
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 
@@ -116,6 +117,7 @@ def check_shard(shard: Shard) -> None:
         DatasetError: the file is missing, cut off, or holds another number of records than `dataset_info.json` says.
     """
     try:
+        require_regular(Path(shard.path))
         size = Path(shard.path).stat().st_size
         records = end = 0
         with open(shard.path, "rb") as file:
@@ -129,7 +131,7 @@ def check_shard(shard: Shard) -> None:
                 records, end = records + 1, following
                 file.seek(end)
     except OSError as error:
-        raise DatasetError(f"cannot read the shard {shard.path} ({error.strerror}); copy it again") from error
+        raise DatasetError(f"cannot read the shard {shard.path} ({error.strerror or error}); copy it again") from error
     if end != size or records != shard.records:
         raise DatasetError(
             f"the shard {shard.path} is truncated or corrupt: {records} whole records in {size} bytes, expected "
