@@ -381,6 +381,7 @@ def test_contexts_that_are_not_finite_are_not_stored(tiny_folder: Path, tmp_path
         for number, frames in enumerate(read(*args, **kwargs)):
             if number == 1:
                 frames.context[3, 0, 0] = torch.inf
+                assert frames.steps is not None
                 places.extend((int(frames.episodes[3]), int(frames.steps[3])))
             yield frames
 
