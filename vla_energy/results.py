@@ -21,6 +21,7 @@ SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
 """In a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`), frames
 of one episode (`rollout.footage`)."""
 
+_LAST_STEP = 2**53
 _ROOM = 2**16  # bytes that results may take
 
 _PACKAGES = (
@@ -50,7 +51,7 @@ def read_rows(run_dir: str | Path, tell: Callable[[str], object] | None = None) 
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
+            rows.append({**row, "step": _step(row["step"])})
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             # A row is written with its line's end: without one it is not whole, if it cannot be read.
             torn = number == len(lines) and not line.endswith((b"\n", b"\r"))
@@ -65,6 +66,14 @@ def read_rows(run_dir: str | Path, tell: Callable[[str], object] | None = None) 
                 f"{path}, line {number}: not a row of metrics ({error}); delete that line, the others are kept"
             ) from error
     return rows
+
+
+def _step(value: Any) -> int:
+    """ValueError for a step that no run takes, and no axis has room for."""
+    step = int(value)
+    if abs(step) > _LAST_STEP:
+        raise ValueError("its step is too large")
+    return step
 
 
 def versions() -> dict[str, str | None]:
