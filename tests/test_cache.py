@@ -373,6 +373,41 @@ def test_every_epoch_has_each_frame_once_in_another_order() -> None:
     assert torch.equal(again, rows) and not torch.equal(other, rows)
 
 
+def test_contexts_that_are_not_finite_are_not_stored(tiny_folder: Path, tmp_path: Path) -> None:
+    builder = _builder(tiny_folder, tmp_path / "cache", shard_frames=8, max_frames=24)
+    read, places = builder._reader.read, []
+
+    def overflowing(*args: Any, **kwargs: Any) -> Any:
+        for number, frames in enumerate(read(*args, **kwargs)):
+            if number == 1:
+                frames.context[3, 0, 0] = torch.inf
+                assert frames.steps is not None
+                places.extend((int(frames.episodes[3]), int(frames.steps[3])))
+            yield frames
+
+    builder._reader.read = overflowing  # type: ignore[method-assign]
+    with pytest.raises(CacheError, match=r"episode \d+, step \d+: the context is not finite") as raised:
+        builder.build()
+    assert str(raised.value).startswith(f"episode {places[0]}, step {places[1]}:")
+    builder._reader.read = read  # type: ignore[method-assign]
+    builder.build()
+    assert len(FeatureCache(tmp_path / "cache")) == 24
+
+
+def test_skipped_steps_are_told(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["train-head", "--cache", str(built), "--batch-size", "8", "--max-steps", "2"]
+    assert main([*flags, "--out", str(tmp_path / "a")]) == 0
+    assert "head: all 2 steps were taken" in capsys.readouterr().out
+    monkeypatch.setattr("vla_energy.guard.total_norm", lambda gradients: torch.tensor(torch.nan))
+    assert main([*flags, "--out", str(tmp_path / "b")]) == 0
+    assert "head: 2 of 2 steps were skipped (nonfinite 2); WARNING" in capsys.readouterr().out
+    assert main([*flags, "--out", str(tmp_path / "c"), "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["head"]["steps"]
+    assert steps == {"steps": 0, "clipped": 0, "nonfinite": 2, "too_large": 0, "no_gradient": 0}
+
+
 def test_several_presets_make_checkpoints_that_rollouts_take(
     tiny_folder: Path, built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

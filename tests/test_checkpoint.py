@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +16,7 @@ from vla_energy.actions import DatasetStatistics, FieldStatistics
 from vla_energy.checkpoint import CheckpointError, atomic_write, find_one, load_head, save_head
 from vla_energy.config import EnergyConfig, HeadConfig
 from vla_energy.head import EnergyHead
+from vla_energy.results import check_writable, write_json
 
 CONFIG = EnergyConfig(head=HeadConfig(hidden_dim=8, num_heads=2, num_layers=1))
 
@@ -140,6 +144,39 @@ def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, error: B
     with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)):
         atomic_write(path, fail)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+WRITERS = [check_writable, lambda path: write_json(path, {}), lambda path: atomic_write(path, lambda file: None)]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_pipes_and_device_files_are_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], Any]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)  # the path of a socket has to be short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    (tmp_path / "device").symlink_to(os.devnull)
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")
+    for name in ("pipe", "socket", "device", "stdout"):
+        before = os.lstat(tmp_path / name)
+        with pytest.raises((OSError, CheckpointError), match=rf"{name}.*name another"):
+            write(tmp_path / name)
+        assert os.path.samestat(os.lstat(tmp_path / name), before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["device", "pipe", "socket", "stdout"]
+
+
+def test_links_to_files_and_to_nothing_are_replaced_themselves(tmp_path: Path) -> None:
+    target, link, dangling = tmp_path / "other run's", tmp_path / "link", tmp_path / "dangling"
+    target.write_text("theirs")
+    link.symlink_to(target)
+    dangling.symlink_to(tmp_path / "nowhere")
+    for path in (link, dangling):
+        check_writable(path)
+        write_json(path, {})
+        assert path.read_text() == "{}\n" and not path.is_symlink()
+    assert target.read_text() == "theirs"
 
 
 def test_find_one(tmp_path: Path) -> None:

@@ -330,6 +330,58 @@ def test_missing_folders_are_named(stored: Path, tmp_path: Path) -> None:
         RldsDataset(tmp_path, NAME, config=LIBERO)
 
 
+def _strangers(name: str) -> list[dict[str, Any]]:
+    """What features.json may hold to have the class `name` imported: today's forms and the older one, deep ones too."""
+    legacy, own = {"type": name, "content": {}}, "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+    hidden = {"pythonClassName": own, "jsonFeature": {"json": json.dumps({"steps": legacy})}}
+    content = json.dumps({"features": {"steps": {"python_class_name": name, "text": {}}}})
+    return [
+        {"pythonClassName": own, "featuresDict": {"features": {"steps": {"pythonClassName": name, "text": {}}}}},
+        {"pythonClassName": own, "featuresDict": {"features": {"steps": {"python_class_name": name, "text": {}}}}},
+        legacy,
+        hidden,
+        {"pythonClassName": own, "featuresDict": {"features": {"steps": hidden}}},
+        {"type": own, "content": content, "proto_cls": "tensorflow_datasets.FeaturesDict"},
+    ]
+
+
+@pytest.mark.parametrize("form", range(6))
+def test_a_dataset_imports_no_code(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: int
+) -> None:
+    package = tmp_path / "strangers_code"
+    package.mkdir()
+    (package / "__init__.py").write_text("print('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = root / NAME / "1.0.0" / "features.json"
+    path.write_text(json.dumps(_strangers("strangers_code.Feature")[form]))
+    with pytest.raises(DatasetError, match=r"features\.json names the class 'strangers_code\.Feature'"):
+        open_dataset(root)
+    path.write_text(json.dumps(_strangers("tensorflow_datasets.core.features.../x.Feature")[form]))
+    with pytest.raises(DatasetError, match="names the class"):
+        open_dataset(root)
+    assert "strangers_code" not in sys.modules and "imported" not in capsys.readouterr().out
+
+
+def test_the_module_that_dataset_info_names_is_not_imported(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strangers_module.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = root / NAME / "1.0.0" / "dataset_info.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "moduleName": "strangers_module"}))
+    assert len(frames(open_dataset(root))) and "strangers_module" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"jsonFeature": {"json": "{"}}', '{"a": ' * 100_000 + "1" + "}" * 100_000, "[" * 100_000]
+)
+def test_features_that_are_damaged_are_told(root: Path, content: str) -> None:
+    (root / NAME / "1.0.0" / "features.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"features\.json is damaged: "):
+        open_dataset(root)
+
+
 def test_other_statistics_are_refused(stored: Path) -> None:
     own = open_dataset(stored).statistics
     narrow = FieldStatistics.of(np.zeros((2, 4)))

@@ -7,7 +7,9 @@ import itertools
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from vla_energy.config import (
     TemperatureConfig,
 )
 from vla_energy.data import DatasetError
-from vla_energy.finetune import checkpoints
+from vla_energy.finetune import checkpoints, logs
 from vla_energy.finetune.config import FinetuneConfig, FlagError
 from vla_energy.finetune.energy import retrieve
 from vla_energy.finetune.evaluate import calibrated_gate
@@ -423,6 +425,27 @@ def test_a_row_that_cannot_be_written_is_told_with_its_file(tiny_folder: Path, t
         log._path = Path("/dev/full")
         with pytest.raises(CheckpointError, match=r"step 7: /dev/full cannot be written .*make room, then"):
             log.write(7, {"train/l1": 0.5})
+
+
+def test_a_run_whose_folder_was_deleted_is_not_told_to_make_room(tiny_folder: Path, tmp_path: Path) -> None:
+    config = _config(tiny_folder, tmp_path)
+    config.run_dir.mkdir()
+    with MetricLog(config, 0) as log:
+        shutil.rmtree(config.run_dir)
+        with pytest.raises(CheckpointError, match=r"step 7: the run's folder .*run is gone") as raised:
+            log.write(7, {"train/l1": 0.5})
+    assert "intact" not in str(raised.value)
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_with_the_file(tmp_path: Path) -> None:
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        with pytest.raises(CheckpointError, match=r"\.lock cannot be written .*make room"):
+            logs._lock(tmp_path / ".lock")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_policy_that_is_not_finite_is_not_loaded(tiny_folder: Path) -> None:

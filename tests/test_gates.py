@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,16 @@ def test_a_damaged_file_is_named_with_what_writes_it(tmp_path: Path, content: by
     with pytest.raises(CheckpointError, match=f"{GATES} is damaged .*vla-energy preflight writes it"):
         load_gates(tmp_path)
     with pytest.raises(CheckpointError, match="damaged"):
+        _load(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["folder", "dangling link", "pipe"])
+def test_what_is_no_file_is_not_taken_for_no_gates(tmp_path: Path, what: str) -> None:
+    path = tmp_path / GATES
+    {"folder": path.mkdir, "dangling link": lambda: path.symlink_to("gone"), "pipe": lambda: os.mkfifo(path)}[what]()
+    with pytest.raises(CheckpointError, match=rf"{GATES} is a folder, a link to nothing .*vla-energy preflight"):
+        load_gates(tmp_path)
+    with pytest.raises(CheckpointError, match=GATES):
         _load(tmp_path)
 
 

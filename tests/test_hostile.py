@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import random
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -27,16 +30,20 @@ from chaos_fuzz import unclear
 from vla_energy import checkpoint
 from vla_energy.actions import StatisticsError, load_statistics
 from vla_energy.backbones import load_openvla
-from vla_energy.backbones.config import CheckpointFolderError
+from vla_energy.backbones.config import CheckpointFolderError, read_json
+from vla_energy.backbones.weights import read_component
 from vla_energy.cache import CacheError
 from vla_energy.checkpoint import CheckpointError, load_head
 from vla_energy.config import EnergyConfig
 from vla_energy.config.checks import is_number
 from vla_energy.data import DatasetError
 from vla_energy.data.datasets import dataset_config
+from vla_energy.data.rlds_folder import Shard, check_shard
+from vla_energy.doctor import policy
 from vla_energy.durable import MANIFEST, check_seal
 from vla_energy.finetune.config import FlagError
 from vla_energy.finetune.flags import parse_flags
+from vla_energy.fingerprint import fingerprint, fingerprint_files
 from vla_energy.gates import load_gates
 from vla_energy.memory import ChunkMemory
 from vla_energy.preflight.trials import TrialsError
@@ -467,6 +474,49 @@ def test_a_policys_image_settings_that_cannot_be(tiny_folder: Path, tmp_path: Pa
     path.write_text(json.dumps({**json.loads(path.read_text()), "means": means}))
     with pytest.raises(CheckpointFolderError, match=r"preprocessor_config.json: means and stds"):
         load_openvla(tmp_path)
+
+
+def _component(name: str) -> Callable[[Path], object]:
+    return lambda folder: read_component(folder, name, required=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [
+        ("energy_head--8_checkpoint.safetensors", fingerprint),
+        ("energy_head--8_checkpoint.safetensors", load_head),
+        ("chunk_memory--8_checkpoint.safetensors", lambda folder: ChunkMemory.load(next(folder.iterdir()))),
+        ("action_head--8_checkpoint.pt", _component("action_head")),
+        ("action_head--8_checkpoint.pt", lambda folder: policy.component(folder, "action_head")),
+        ("config.json", lambda folder: read_json(folder / "config.json")),
+        ("config.json", policy.read_config),
+        ("dataset_statistics.json", lambda folder: load_statistics(folder / "dataset_statistics.json")),
+        ("x-train.tfrecord-00000-of-00001", lambda folder: check_shard(Shard(str(next(folder.iterdir())), 1, 0, 1, 0))),
+        ("x-train.tfrecord-00000-of-00001", lambda folder: fingerprint_files(folder.iterdir())),
+    ],
+)
+def test_a_pipe_in_a_folder_is_told_instead_of_waited_for(
+    tmp_path: Path, name: str, use: Callable[[Path], object]
+) -> None:
+    def let_go() -> None:
+        with contextlib.suppress(OSError):  # nobody waits, as it should be
+            os.close(os.open(tmp_path / name, os.O_WRONLY | os.O_NONBLOCK))
+
+    os.mkfifo(tmp_path / name)
+    timer = threading.Timer(10, let_go)  # no signal ends the waiting of native code
+    timer.start()
+    with pytest.raises((ValueError, OSError), match=name.split("--")[0]) as raised:
+        use(tmp_path)
+    timer.cancel()
+    assert "no regular file" in str(raised.value) or "no file with" in str(raised.value)
+
+
+def test_a_link_to_a_file_has_its_fingerprint(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "b" / "model.safetensors").symlink_to(tmp_path / "a" / "model.safetensors")
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
 
 
 def test_numbers_that_no_float_holds_are_none() -> None:

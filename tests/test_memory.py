@@ -153,3 +153,22 @@ def test_bad_input(memory: ChunkMemory, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match="damaged"):
         ChunkMemory.load(path)
+
+
+@pytest.mark.parametrize("part", ["context", "policy", "expert"])
+def test_the_first_frame_that_is_not_finite_is_named(part: str) -> None:
+    batch = frames(5)
+    value = getattr(batch, part).clone()
+    value[9:, 0, 0] = torch.inf
+    halves = [MemoryBatch(*(one[i : i + 7] for one in batch._replace(**{part: value}))) for i in range(0, 60, 7)]
+    with pytest.raises(ValueError, match=rf"frame 9, of episode {int(batch.episodes[9])}: the {part}.* is not finite"):
+        ChunkMemory.build(halves, statistics())
+
+
+def test_hidden_tokens_of_a_memory_may_be_anything() -> None:
+    batch = frames(5)
+    mask = batch.context_mask.clone()
+    mask[:, -1] = False
+    context = batch.context.clone()
+    context[:, -1] = torch.nan
+    assert len(ChunkMemory.build([batch._replace(context=context, context_mask=mask)], statistics()))

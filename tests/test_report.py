@@ -536,6 +536,25 @@ def test_the_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.parametrize("values", [(1e308, -1e308), (1e308,), (1e100, -1e100), (0.5, -1e308, 0.4)])
+def test_values_that_no_axis_holds_are_left_out_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], values: tuple[float, ...]
+) -> None:
+    names = ("energy/loss", "energy/info_nce", "energy/win_rate/x", "val/energy/win_rate/x")
+    rows = [{"step": step, **dict.fromkeys(names, value)} for step, value in enumerate(values, start=1)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["report", str(tmp_path)]) == 0, capsys.readouterr().err
+    page = (tmp_path / "report.html").read_text()
+    told = "Not finite, or too large for an axis (red at the bottom): "
+    assert (told in page) == any(abs(value) > 1e100 for value in values)
+
+
+def test_a_step_that_no_axis_holds_is_told_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "energy/loss": 1}\n{"step": 1e308, "energy/loss": 1}\n')
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "metrics.jsonl, line 2: not a row of metrics" in capsys.readouterr().err
+
+
 def test_no_energies_are_drawn_between_steps(tmp_path: Path) -> None:
     kept = shapes()
     time = {"xs": [0.0, 1.0], "energies": [[0.0, 0.0], [None, None], [10.0, 10.0]]}

@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla_energy.results import require_regular
+
 _EPSILON = 1e-8
 _LARGEST = 1e30
 _FIELDS = ("mean", "std", "min", "max", "q01", "q99")
@@ -182,6 +184,7 @@ def load_statistics(path: str | Path) -> dict[str, DatasetStatistics]:
     """
     path = Path(path)
     try:
+        require_regular(path)
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
         raise StatisticsError(f"{path} not found: it is written by fine-tuning beside the checkpoint") from error

@@ -25,6 +25,7 @@ from torch import Tensor
 from vla_energy.actions import DatasetStatistics
 from vla_energy.config import EnergyConfig
 from vla_energy.head import EnergyHead
+from vla_energy.results import require_replaceable
 
 _FORMAT = "vla_energy.head"
 _VERSION = "1"
@@ -65,13 +66,15 @@ def atomic_write(path: str | Path, write_fn: Callable[[BinaryIO], Any]) -> Path:
         write_fn: writes the content to an open binary file.
 
     Raises:
-        CheckpointError: the system refused (disk full, no permission); what was at `path` is untouched.
+        CheckpointError: the system refused (disk full, no permission), or `path` is a device file or a pipe; what was
+            there is untouched.
     """
     path = Path(path)
     # Hosts find components by a substring of the file name: a temporary that outlives a kill must not carry the name.
     temporary = path.parent / f".partial-{secrets.token_hex(8)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        require_replaceable(path)
         with open(temporary, "xb") as file:
             write_fn(file)
             file.flush()

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from vla_energy.results import require_regular
+
 _SETTINGS = ("config.json", "dataset_statistics.json", "tokenizer.json")
 _WEIGHTS = (".safetensors", ".pt", ".bin")
 _TO_RESUME = ("training_state", "energy_state")
@@ -24,7 +26,7 @@ def fingerprint(folder: str | Path, *, policy_only: bool = False) -> str:
         policy_only: leave out head and memory, as for features that the policy alone makes.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file cannot be read, or is a folder, a pipe or a device; the message names it.
     """
     skipped = (*_TO_RESUME, *(_OURS if policy_only else ()))
     return fingerprint_files(
@@ -38,10 +40,11 @@ def fingerprint_files(paths: Iterable[Path], more: str = "") -> str:
     """16 hex digits of files, in this order, by name, size and pieces as `fingerprint` says, and of a text.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file cannot be read, or is a folder, a pipe or a device; the message names it.
     """
     digest = hashlib.sha256(more.encode())
     for path in paths:
+        require_regular(path)
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,9 @@ def load_gates(folder: str | Path) -> tuple[dict[str, float], dict[str, str]]:
     """
     path = Path(folder) / GATES
     if not path.is_file():
+        # Taken for no gates, the policy would drive alone, or with the head's own margin, and nobody be told.
+        if os.path.lexists(path):
+            raise CheckpointError(f"{path} is a folder, a link to nothing or no regular file; {MEND}")
         return {}, {}
     try:
         data = json.loads(path.read_text())

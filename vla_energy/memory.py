@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vla_energy.actions import DatasetStatistics, StatisticsError
 from vla_energy.checkpoint import CheckpointError, atomic_write, digest, find_one, to_bytes
+from vla_energy.results import require_regular
 
 TOKEN_WIDTH = 8
 """Numbers a token is projected to."""
@@ -157,7 +158,8 @@ class ChunkMemory:
             seed: of the projection.
 
         Raises:
-            ValueError: no frame, shapes that do not fit, or frames of fewer than two episodes.
+            ValueError: no frame, shapes that do not fit, a frame that is not finite, or frames of fewer than two
+                episodes.
         """
         generator = torch.Generator().manual_seed(seed)
         projection, parts, frames = None, [], 0
@@ -168,6 +170,7 @@ class ChunkMemory:
             rows = _flatten(batch.context, batch.context_mask, projection, batch.context.shape[1])
             numbers = (batch.policy, batch.expert)
             policy, expert = (chunk.detach().cpu().float() for chunk in numbers)
+            _require_finite(frames, batch.episodes, {"context": rows, "policy's chunk": policy, "expert": expert})
             parts.append((rows, policy, expert, batch.episodes.cpu().long()))
             frames += len(rows)
             if frames >= max_frames:
@@ -264,6 +267,7 @@ class ChunkMemory:
         path = Path(path)
         path = find_one(path, PREFIX) if path.is_dir() else path
         try:
+            require_regular(path)
             with safe_open(str(path), framework="pt") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
                 if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
@@ -315,6 +319,18 @@ def _check_stored(
             raise ValueError(f"{name} has numbers that are not finite")
     if statistics.action.dim != chunks.shape[2]:
         raise ValueError(f"statistics of {statistics.action.dim} dimensions for chunks {tuple(chunks.shape)}")
+
+
+def _require_finite(before: int, episodes: Tensor, parts: dict[str, Tensor]) -> None:
+    """Raises ValueError naming the first frame of a batch that is not finite, which no PCA can be fitted on."""
+    for name, value in parts.items():
+        bad = ~value.flatten(1).isfinite().all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"frame {before + row}, of episode {int(episodes[row])}: the {name} is not finite, and nothing can be "
+                "remembered by it: see to the policy's weights (vla-energy doctor)"
+            )
 
 
 def check_memory(memory: ChunkMemory, horizon: int, action_dim: int, context_dim: int) -> None:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ SETTINGS, SHAPES, FOOTAGE = "settings.json", "shapes.json", "footage.json"
 """In a run's folder: flags and versions (`finetune.logs`), landscapes and the gate's curve (`finetune.shapes`), frames
 of one episode (`rollout.footage`)."""
 
+_LAST_STEP = 2**53
 _ROOM = 2**16  # bytes that results may take
 
 _PACKAGES = (
@@ -49,7 +51,7 @@ def read_rows(run_dir: str | Path, tell: Callable[[str], object] | None = None) 
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            rows.append({**row, "step": int(row["step"])})
+            rows.append({**row, "step": _step(row["step"])})
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             # A row is written with its line's end: without one it is not whole, if it cannot be read.
             torn = number == len(lines) and not line.endswith((b"\n", b"\r"))
@@ -64,6 +66,14 @@ def read_rows(run_dir: str | Path, tell: Callable[[str], object] | None = None) 
                 f"{path}, line {number}: not a row of metrics ({error}); delete that line, the others are kept"
             ) from error
     return rows
+
+
+def _step(value: Any) -> int:
+    """ValueError for a step that no run takes, and no axis has room for."""
+    step = int(value)
+    if abs(step) > _LAST_STEP:
+        raise ValueError("its step is too large")
+    return step
 
 
 def versions() -> dict[str, str | None]:
@@ -87,12 +97,39 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"cannot write results to {path}: it is a folder; name a file in it")
     try:
+        require_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent) as file:
             file.write(bytes(_ROOM))  # an empty file fits on a full disk
             file.flush()
     except OSError as error:
         raise OSError(f"cannot write results to {path}: {error}") from error
+
+
+def require_replaceable(path: str | Path) -> None:
+    """Raises OSError where a rename onto `path` would destroy a device file, a pipe or a socket of the machine.
+
+    Links are replaced and not followed, but not one that stands for a device, nor /dev/stdout, which is one into /proc.
+    """
+    path = Path(path)
+    for look in (os.lstat, os.stat):
+        try:
+            mode = look(path).st_mode
+        except OSError:  # nothing there, or a link to nothing, which is replaced like any other
+            break
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):  # a folder cannot be replaced anyway
+            raise OSError("it is no regular file, and would be replaced by one: name another")
+    if path.is_symlink() and os.readlink(path).startswith("/proc/"):
+        raise OSError("it is a link of the system's, and would be replaced by a file: name another")
+
+
+def require_regular(path: Path) -> None:
+    """Raises OSError naming what is at `path` and no file: opening a pipe, as a folder may hold, waits without end.
+
+    Where nothing is, or a link to nothing, it is opening that fails.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file: delete it, or copy the file itself there")
 
 
 def write_json(path: str | Path, data: Any) -> None:
@@ -115,6 +152,7 @@ def write_whole(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        require_replaceable(path)
         temporary.unlink(missing_ok=True)  # a link there would be followed
         with temporary.open("w", encoding="utf-8", errors="replace") as file:
             file.write(text)

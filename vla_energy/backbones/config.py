@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_energy.checkpoint import run_hint
+from vla_energy.results import require_regular
 
 DEFAULT_HORIZON = 8
 """Chunk length of a checkpoint whose config does not say: the host's LIBERO constant."""
@@ -31,6 +32,7 @@ class ComponentError(CheckpointFolderError):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`; CheckpointFolderError names the file if that fails."""
     try:
+        require_regular(path)
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
         hint = run_hint(path.parent) or f"; is {path.parent} an OpenVLA checkpoint folder?"

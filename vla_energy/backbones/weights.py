@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vla_energy.backbones.config import CheckpointFolderError, ComponentError, OpenVLAConfig, read_json
 from vla_energy.checkpoint import CheckpointError
 from vla_energy.durable import is_file, read_torch
+from vla_energy.results import require_regular
 
 DDP_PREFIX = "module."
 """Before every name in the host's `.pt` files of components, but for the vision backbone's."""
@@ -86,8 +87,9 @@ def read_component(folder: Path, name: str, *, required: bool) -> dict[str, Tens
         names = ", ".join(path.name for path in found) or "none"
         raise ComponentError(f"{folder}: need exactly one {name}--*_checkpoint.pt, found {names}")
     try:
+        require_regular(found[0])
         state = read_torch(found[0])
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         raise CheckpointFolderError(str(error)) from error
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointFolderError(f"{found[0]}: expected a dictionary of tensors")

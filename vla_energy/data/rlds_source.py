@@ -13,7 +13,7 @@ import numpy as np
 
 from vla_energy.data import tensorflow_quiet
 from vla_energy.data.datasets import DatasetConfig, DatasetError, parse_key
-from vla_energy.data.rlds_folder import FEATURES, INFO, Shard, check_shard, find_folder
+from vla_energy.data.rlds_folder import FEATURES, INFO, Shard, check_features, check_shard, find_folder
 
 SPLITS = ("train", "val")
 _EPISODE = "episode_metadata/"
@@ -43,6 +43,7 @@ class RldsSource:
         self.folder = find_folder(data_root_dir, name)
         self.config = config
         self._val_fraction = val_fraction
+        check_features(self.folder)
         self._tf, self._tfds = tensorflow_quiet.tf(), tensorflow_quiet.tfds()
         try:
             self._info = self._tfds.builder_from_directory(str(self.folder)).info

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vla_energy.doctor import towers
 from vla_energy.doctor.findings import Finding, NotCheckedError, Subject
 from vla_energy.durable import read_torch
+from vla_energy.results import require_regular
 
 Batch = dict[str, Tensor]
 LLAMA_VOCABULARY = 32000
@@ -140,6 +141,7 @@ def _import_or_none(name: str) -> Any:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` of a checkpoint; ValueError if it is no JSON object."""
+    require_regular(folder / "config.json")
     data = json.loads((folder / "config.json").read_text())
     if not isinstance(data, dict):
         raise ValueError(f"{folder / 'config.json'}: expected a JSON object")
@@ -160,6 +162,7 @@ def component(folder: Path, name: str) -> dict[str, Tensor] | None:
     found = sorted(folder.glob(f"{name}--*_checkpoint.pt"))
     if len(found) != 1:
         return None
+    require_regular(found[0])
     state = read_torch(found[0])
     return {key.removeprefix("module."): value.float() for key, value in state.items()}
 

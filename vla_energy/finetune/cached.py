@@ -89,7 +89,7 @@ class CachedTraining:
             order: rows of the batches, one a step; by default `shuffled` ones of `batch_size`.
 
         Raises:
-            RunStoppedError: SIGINT or SIGTERM came; the step was finished and the head saved as it was then.
+            RunStoppedError: SIGINT, SIGTERM or SIGHUP came; the step was finished and the head saved as it was then.
         """
         config = self.config
         config.run_dir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class CachedTraining:
                     except ValidationStoppedError:
                         break
                     log.write(self.step, flatten(results, "val"))
-        saved = self.save()
+            saved = self.save()  # before another hangup could end it
         if self.stop.number is not None and self.step < config.max_steps:
             done = f"it has taken {self.step} of {config.max_steps} steps, and a head from a cache begins anew"
             raise RunStoppedError(self.stop.number, saved, done)

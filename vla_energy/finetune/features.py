@@ -17,7 +17,7 @@ from vla_energy.checkpoint import CheckpointError, atomic_write
 from vla_energy.config import checks
 from vla_energy.data import dataset_config
 from vla_energy.data.rlds_folder import FEATURES, INFO, find_folder
-from vla_energy.finetune.frames import FrameReader, PolicyFrames
+from vla_energy.finetune.frames import FrameReader, NotFiniteError, PolicyFrames, require_finite
 from vla_energy.finetune.pooling import patch_grid, pool_patches
 from vla_energy.fingerprint import fingerprint, fingerprint_files
 
@@ -152,7 +152,8 @@ class CacheBuilder:
             on_shard: called with the number of each shard that was written.
 
         Raises:
-            CacheError: the disk is full, before or while it is written; what is there stays.
+            CacheError: the disk is full, before or while it is written, or what the policy makes of a frame is not
+                finite; what is there stays.
             DatasetError: the data cannot be read.
         """
         if self.todo and self.left > self._free():
@@ -170,6 +171,10 @@ class CacheBuilder:
         parts: list[CachedFrames] = []
         with contextlib.closing(reading):
             for frames in reading:
+                try:
+                    require_finite(frames)
+                except NotFiniteError as error:
+                    raise CacheError(f"{error}; {self.folder} gets no shard with it") from error
                 parts.append(self._stored(frames))
                 bar.update(len(frames.expert))
                 if sum(len(part.expert) for part in parts) == self._frames_of(first):

@@ -62,6 +62,24 @@ class PolicyFrames:
         return self.layer_actions[:, -1]
 
 
+class NotFiniteError(ValueError):
+    """What the policy makes of a frame is not finite; the message names the first such frame."""
+
+
+def require_finite(frames: PolicyFrames) -> None:
+    """Raises NotFiniteError where context (of valid tokens), chunks or layer exits of a frame are not finite."""
+    seen = torch.where(frames.context_mask[..., None], frames.context, 0.0)
+    for name, value in (("context", seen), ("chunk", frames.layer_actions), ("expert's chunk", frames.expert)):
+        bad = ~value.flatten(1).isfinite().all(1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            step = "" if frames.steps is None else f", step {int(frames.steps[row])}"
+            raise NotFiniteError(
+                f"episode {int(frames.episodes[row])}{step}: the {name} is not finite: see to the policy's weights "
+                "(vla-energy doctor), or to its precision"
+            )
+
+
 def policy_inputs(folder: Path, stored: OpenVLAConfig) -> dict[str, Any]:
     """Flags of what a checkpoint's policy reads: `num_images_in_input`, `use_proprio` and `use_film`."""
     return {

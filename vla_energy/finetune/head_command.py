@@ -59,10 +59,23 @@ def run(args: argparse.Namespace) -> int:
 
     runs = HeadRuns(args, {name: value for name, value in vars(args).items() if name.startswith(_PREFIX)})
     told = {}
-    for name, folder, results in runs:
-        told[name] = {"folder": str(folder), "results": to_json(results)}
+    for name, folder, results, counters in runs:
+        told[name] = {"folder": str(folder), "results": to_json(results), "steps": counters}
         if not args.json:
             print(f"{name}: {folder}" + (f"\n{json.dumps(results, indent=1)}" if results else ""), flush=True)
+            print(f"{name}: {_steps(counters)}", flush=True)
     if args.json:
         print(json.dumps(told, allow_nan=False))
     return 0
+
+
+def _steps(counters: dict[str, int]) -> str:
+    """How many steps were taken and, so that a head that hardly learnt does not pass for a success, were not."""
+    taken = counters["steps"]
+    skipped = {kind: count for kind, count in counters.items() if kind not in ("steps", "clipped") and count}
+    every = taken + sum(skipped.values())
+    if not skipped:
+        return f"all {every} steps were taken"
+    why = ", ".join(f"{kind} {count}" for kind, count in skipped.items())
+    warning = "; WARNING: the head learnt little or nothing" if 2 * taken < every else ""
+    return f"{every - taken} of {every} steps were skipped ({why}){warning}"

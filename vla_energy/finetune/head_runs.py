@@ -90,13 +90,14 @@ class HeadRuns:
         config.check()
         return config
 
-    def __iter__(self) -> Iterator[tuple[str, Path, dict[str, Any]]]:
-        """Name, folder and last validation of each, as it is done."""
+    def __iter__(self) -> Iterator[tuple[str, Path, dict[str, Any], dict[str, int]]]:
+        """Name, folder, last validation and the guard's counters (see `GuardedOptimizer`) of each, as it is done."""
         # All are made before the first is trained: a setting that cannot work is told at once.
         runs = {name: CachedTraining(config, self.cache, self.held_out) for name, config in self._configs.items()}
         for name, training in runs.items():
             training.copy_policy = self._copy
-            yield name, training.config.run_dir, training.run()
+            results = training.run()
+            yield name, training.config.run_dir, results, dict(training.training.guard.counters)
 
 
 def parse_energy(preset: Mapping[str, Any], given: Mapping[str, str]) -> EnergyConfig:

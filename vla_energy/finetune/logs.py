@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -90,13 +91,18 @@ class MetricLog:
         """One row; values that are not finite become null in the file, as JSON has no NaN.
 
         Raises:
-            CheckpointError: it cannot be written; what was saved before is whole.
+            CheckpointError: it cannot be written; what was saved before is whole, unless the run's folder is gone.
         """
         finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         try:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **finite}) + "\n")
         except OSError as error:
+            if not self._path.parent.is_dir():  # and "latest" with it: no promise of checkpoints, no call to make room
+                raise CheckpointError(
+                    f"step {step}: the run's folder {self._path.parent} is gone: it was deleted or moved while the run "
+                    "wrote to it"
+                ) from error
             raise CheckpointError(
                 f"step {step}: {self._path} cannot be written ({error}); the checkpoints are intact: make room, then "
                 "the same command with --resume True goes on from the last one"
@@ -112,7 +118,7 @@ def _lock(path: Path) -> IO[str]:
 
     Raises:
         FlagError: another process holds it.
-        CheckpointError: it cannot be opened. A link is not followed: what it points to would be emptied.
+        CheckpointError: it cannot be opened or written. A link is not followed: what it points to would be emptied.
     """
     try:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
@@ -129,7 +135,12 @@ def _lock(path: Path) -> IO[str]:
         ) from None
     except OSError as error:  # some network drives have no locks
         logger.warning("%s cannot be locked (%s): see that no other process trains there", path.parent, error)
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # closing writes once more
+            file.close()
+        raise CheckpointError(f"{path} cannot be written ({error}): nothing was begun; make room") from error
     return file

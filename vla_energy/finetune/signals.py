@@ -1,25 +1,29 @@
 """What ends a run before its last step.
 
-SIGTERM and SIGINT: the step under way is finished and saved, then the run ends; a second signal ends it at once. A
-validation under way is broken off, as a rented machine may give half a minute; that of the last step is finished.
+SIGTERM, SIGINT and SIGHUP (a dropped ssh connection): the step under way is finished and saved, then the run ends; a
+second signal ends it at once, but for SIGHUP, of which a lost terminal sends several. Under nohup SIGHUP stays ignored.
+A validation under way is broken off, as a rented machine may give half a minute; that of the last step is finished.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import stat
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class RunStoppedError(KeyboardInterrupt):
     """A signal ended the run after its checkpoint was saved. Its text says how to go on.
 
     Attributes:
-        exit_code: 128 + the signal's number, as shells have it: 130 of SIGINT, 143 of SIGTERM.
+        exit_code: 128 + the signal's number, as shells have it: 130 of SIGINT, 143 of SIGTERM, 129 of SIGHUP.
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.number = None
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            wanted = (number for number in _SIGNALS if not (nohup and number == signal.SIGHUP))
+            self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,6 +67,20 @@ class StopSignals:
     def _note(self, number: int, _: object) -> None:
         self.number = number
         for other in _SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, signal.SIG_IGN if other == signal.SIGHUP else signal.SIG_DFL)
         name = signal.Signals(number).name
-        print(f"\n{name}: the step is finished and saved, then the run ends; again ends it at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            print(
+                f"\n{name}: the step is finished and saved, then the run ends; again ends it at once", file=sys.stderr
+            )
+        if number == signal.SIGHUP:
+            _mute()
+
+
+def _mute() -> None:
+    """Output to a lost terminal, or through a pipe to what ends with it, would fail and end the run before it saves."""
+    with open(os.devnull, "wb") as null:
+        for descriptor in (1, 2):
+            with contextlib.suppress(OSError):
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                    os.dup2(null.fileno(), descriptor)

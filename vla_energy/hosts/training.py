@@ -219,7 +219,7 @@ class EnergyPlugin:
         if found.statistics is not None:
             check_statistics(found.statistics, self.statistics, "the head")
         self._bare.load_state_dict(found.head.state_dict())
-        paths = sorted(folder.glob(_STATE.format("*")))
+        paths = sorted(path for path in folder.glob(_STATE.format("*")) if path.is_file())
         if len(paths) != 1:
             raise CheckpointError(f"{folder}: {len(paths)} files {_STATE.format('*')}, expected one to resume from")
         state = read_torch(paths[0])

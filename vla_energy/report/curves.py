@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vla_energy.report.expected import drawable
 from vla_energy.report.runs import UNDEFINED
 from vla_energy.results import finite
 
@@ -57,12 +58,12 @@ Series = dict[str, tuple[list[int], list[float]]]
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> Series:
-    """The metrics of one of `PLOTS`; what is not finite is left out, see `spans_not_finite`."""
+    """The metrics of one of `PLOTS`; what cannot be drawn is left out, see `spans_not_finite`."""
     series: Series = {}
     for row in rows:
         for key, value in row.items():
             prefix = _prefix(key, wanted)
-            if prefix is None or not finite(value):
+            if prefix is None or not drawable(value):
                 continue
             steps, values = series.setdefault(wanted[prefix] + key.removeprefix(prefix), ([], []))
             steps.append(row["step"])
@@ -76,9 +77,10 @@ def _prefix(key: str, wanted: Mapping[str, str]) -> str | None:
 
 
 def spans_not_finite(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str]) -> list[tuple[int, int, int]]:
-    """First and last step, and number, of the rows in sequence in which a metric of one of `PLOTS` is not finite.
+    """First and last step, and number, of the rows in sequence in which a metric of one of `PLOTS` cannot be drawn.
 
-    Rows that hold none of the metrics, as those of a validation, do not end a sequence.
+    It is not finite, or too large for an axis. Rows that hold none of the metrics, as those of a validation, do not
+    end a sequence.
     """
     spans: list[tuple[int, int, int]] = []
     going = False
@@ -86,7 +88,7 @@ def spans_not_finite(rows: Sequence[Mapping[str, Any]], wanted: Mapping[str, str
         values = [value for key, value in row.items() if key not in UNDEFINED and _prefix(key, wanted) is not None]
         if not values:
             continue
-        if all(map(finite, values)):
+        if all(map(drawable, values)):
             going = False
         elif going:
             spans[-1] = (spans[-1][0], row["step"], spans[-1][2] + 1)
@@ -113,6 +115,10 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
     spans = {run: spans_not_finite(rows, wanted) for run, rows in runs.items()}
     if not any((*found.values(), *spans.values())):
         return ""
+    large = any(
+        finite(value) and not drawable(value) and _prefix(key, wanted) is not None
+        for rows in runs.values() for row in rows for key, value in row.items()
+    )  # fmt: skip
     figure, axes = new_figure(5.2, 3.2)
     names = list(dict.fromkeys(name for series in found.values() for name in series))
     for number, series in enumerate(found.values()):
@@ -134,8 +140,9 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], title: str, label: str
     _whole_run(axes, [row["step"] for rows in runs.values() for row in rows], list(spans.values()))
     if not any(found.values()):
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "no value is finite", color=INK, ha="center", transform=axes.transAxes)
-    return figure_html(figure, title, note=_NOTES.get(title, ""), alarm=_told(spans))
+        none = "no value can be drawn" if large else "no value is finite"
+        axes.text(0.5, 0.5, none, color=INK, ha="center", transform=axes.transAxes)
+    return figure_html(figure, title, note=_NOTES.get(title, ""), alarm=_told(spans, large))
 
 
 def _log_scale(axes: Any, values: Sequence[float]) -> None:
@@ -169,15 +176,16 @@ def _whole_run(axes: Any, steps: Sequence[int], spans: Sequence[Sequence[tuple[i
         )
 
 
-def _told(spans: Mapping[str, Sequence[tuple[int, int, int]]]) -> str:
-    """A sentence on where values are not finite; empty text where all are."""
+def _told(spans: Mapping[str, Sequence[tuple[int, int, int]]], large: bool) -> str:
+    """A sentence on where values are not finite, or (`large`) too large; empty text where all are drawn."""
     told = []
     for run, bars in spans.items():
         if bars:
             rows = sum(count for *_, count in bars)
             about = f"{run}: " if len(spans) > 1 else ""
             told.append(f"{about}{rows} {'row' if rows == 1 else 'rows'} from step {bars[0][0]} to {bars[-1][1]}")
-    return f"Not finite (red at the bottom): {'; '.join(told)}." if told else ""
+    what = "Not finite, or too large for an axis" if large else "Not finite"
+    return f"{what} (red at the bottom): {'; '.join(told)}." if told else ""
 
 
 def _legend_of_runs(figure: Any, found: Mapping[str, Series], names: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from vla_energy.results import FOOTAGE, SETTINGS, SHAPES, finite
 
 _SHOWN = 60
 _BAND = "from_"
-_LARGEST = 1e100
+_LARGEST = 1e100  # in size, of what an axis has room for
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ Expected = Each | Optional | Mapping[str, Any] | tuple[str, Callable[[Any], bool
 
 ANY: Expected = ("anything", lambda value: True)
 TEXT: Expected = ("text", lambda value: isinstance(value, str))
-NUMBER: Expected = ("a number that can be drawn", lambda value: _drawn(value))
+NUMBER: Expected = ("a number that can be drawn", lambda value: drawable(value))
 COUNT: Expected = ("a whole number", lambda value: isinstance(value, int))
 READING: Expected = ("a number or null", lambda value: value is None or isinstance(value, (int, float)))
 INTERVAL: Expected = (
@@ -53,36 +53,36 @@ def _grid(value: Any) -> bool:
     rows, width = value.get("energies"), len(value.get("xs", []))
     if not isinstance(rows, list) or not all(isinstance(row, list) and len(row) == width for row in rows):
         return False
-    numbers = all(cell is None or _drawn(cell) for row in rows for cell in row)
+    numbers = all(cell is None or drawable(cell) for row in rows for cell in row)
     return numbers and width > 1 and 0 < len(rows) == len(value.get("ys", rows))
 
 
 def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_drawn, value))
+    return isinstance(value, list) and all(map(drawable, value))
 
 
-def _drawn(value: Any) -> bool:
+def drawable(value: Any) -> bool:
     """A finite number with room for percents and margins of a plot around it."""
     return finite(value) and abs(value) <= _LARGEST
 
 
 def _curve(value: Any) -> bool:
     """Of a gate: lists of one length, `worse` with nulls where nothing is accepted."""
-    if not isinstance(value, dict) or not _drawn(value.get("l1_policy")):
+    if not isinstance(value, dict) or not drawable(value.get("l1_policy")):
         return False
     lists = [value.get(key, ()) for key in ("margins", "accepted", "l1", "worse")]
     if not all(map(_numbers, lists[:3])) or not isinstance(lists[3], list):
         return False
-    return len({len(part) for part in lists}) == 1 and all(v is None or _drawn(v) for v in lists[3])
+    return len({len(part) for part in lists}) == 1 and all(v is None or drawable(v) for v in lists[3])
 
 
 def _bands(value: Any) -> bool:
-    return isinstance(value, dict) and all(_band(name) and _drawn(share) for name, share in value.items())
+    return isinstance(value, dict) and all(_band(name) and drawable(share) for name, share in value.items())
 
 
 def _band(name: str) -> bool:
     try:
-        return name.startswith(_BAND) and _drawn(float(name.removeprefix(_BAND)))
+        return name.startswith(_BAND) and drawable(float(name.removeprefix(_BAND)))
     except ValueError:
         return False
 

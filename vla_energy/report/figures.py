@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vla_energy.report.curves import COLOURS, INK, figure_html, legend, new_figure, plain
+from vla_energy.report.expected import drawable
 from vla_energy.report.runs import Run
 from vla_energy.results import finite
 
@@ -150,7 +151,7 @@ def dots(
     note: str = "",
     single: bool = False,
 ) -> str:
-    """A row a name, a dot a series, bars for intervals; empty text where there is no finite value.
+    """A row a name, a dot a series, bars for intervals; empty text where no value is finite and has room on an axis.
 
     Args:
         title: of the figure.
@@ -161,16 +162,16 @@ def dots(
         note: a sentence below.
         single: a legend would say nothing.
     """
-    names = list(dict.fromkeys(name for points in series.values() for name, p in points.items() if finite(p[0])))
+    names = list(dict.fromkeys(name for points in series.values() for name, p in points.items() if drawable(p[0])))
     if not names:
         return ""
-    shown = {key: points for key, points in series.items() if any(finite(p[0]) for p in points.values())}
+    shown = {key: points for key, points in series.items() if any(drawable(p[0]) for p in points.values())}
     rows = len(names) * max(1.0, 0.75 * len(shown))
     figure, axes = new_figure(5.2, 1.1 + 0.27 * rows)
     for index, (key, points) in enumerate(shown.items()):
         offset = 0.0 if len(shown) == 1 else _SPREAD * (index / (len(shown) - 1) - 0.5)
         colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
-        placed = [(names.index(name) + offset, point) for name, point in points.items() if finite(point[0])]
+        placed = [(names.index(name) + offset, point) for name, point in points.items() if drawable(point[0])]
         axes.plot([p[0] for _, p in placed], [y for y, _ in placed], marker, color=colour, ms=5, label=key)
         for y, (_, low, high) in placed:
             if low is not None and high is not None:
