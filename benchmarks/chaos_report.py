@@ -23,21 +23,8 @@ def read(name: str) -> dict[str, Any]:
 def table() -> str:
     """Markdown: what was run, how much of it, and what came out."""
     rows = ["| run | how much | found | verdict |", "| --- | --- | --- | --- |"]
-    for name, row in (("kill_first", _kill), ("kill", _kill), ("faults", _faults), ("fuzz_first", _fuzz)):
-        rows.append(row(name, read(name)))
-    for name in ("fuzz_second", "fuzz_third", "fuzz", "fuzz_fourth", "fuzz_fifth", "fuzz_guided_first", "fuzz_guided"):
-        rows.append(_fuzz(name, read(name)))
-    rows += [
-        _soak(name, read(name))
-        for name in (
-            "soak_first",
-            "soak_second",
-            "soak",
-            "soak_trim",
-            "soak_thresholds",
-            "soak_allocated",
-        )
-    ]
+    for part, names in _RUNS.items():
+        rows += [_ROWS[part](name, read(name)) for name in names.split()]
     return "\n".join(rows)
 
 
@@ -146,6 +133,15 @@ def _soak_words(result: dict[str, Any]) -> tuple[str, str]:
     return much, found
 
 
+# By what was run, in the order of time.
+_RUNS = {
+    "kill": "kill_first kill kill_second",
+    "faults": "faults",
+    "fuzz": "fuzz_first fuzz_second fuzz_third fuzz fuzz_fourth fuzz_fifth fuzz_sixth "
+    "fuzz_guided_first fuzz_guided fuzz_guided_second",
+    "soak": "soak_first soak_second soak soak_trim soak_thresholds soak_allocated",
+}
+_ROWS = {"kill": _kill, "faults": _faults, "fuzz": _fuzz, "soak": _soak}
 _WORDS = {"kill": _kill_words, "faults": _faults_words, "fuzz": _fuzz_words, "soak": _soak_words}
 
 

@@ -8,6 +8,8 @@ import os
 import resource
 import shutil
 import signal
+import threading
+import time
 import weakref
 import zipfile
 from collections.abc import Iterator
@@ -97,6 +99,19 @@ def test_a_flipped_bit_of_a_sealed_policy_is_told_before_it_acts(tmp_path: Path,
         load_openvla(folder, use_proprio=True)
     (folder / MANIFEST).unlink()
     load_openvla(folder, use_proprio=True)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "training_state.pt"])
+def test_a_pipe_is_told_instead_of_waited_for(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    # Opens the other end should somebody wait in it: native code cannot be interrupted.
+    waker = threading.Timer(20, lambda: (tmp_path / name).write_bytes(b""))
+    waker.start()
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=name):
+        check_seal(tmp_path) if name == MANIFEST else read_torch(tmp_path / name)
+    assert time.monotonic() - started < 15
+    waker.cancel()
 
 
 def test_hostile_states_are_refused_before_they_cost_memory(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vla_energy.checkpoint import CheckpointError, atomic_write, sync_folder
+from vla_energy.results import require_regular
 
 MANIFEST = "manifest.json"
 """File in a checkpoint's folder: size and SHA-256 of every file that was saved with it, and the step."""
@@ -51,6 +52,7 @@ def check_seal(folder: Path, only: Callable[[str], bool] = lambda name: True) ->
     """
     path = folder / MANIFEST
     try:
+        require_regular(path)
         text = path.read_text()
     except FileNotFoundError:
         return None
@@ -74,6 +76,7 @@ def check_seal(folder: Path, only: Callable[[str], bool] = lambda name: True) ->
 def is_sealed_with(folder: Path, name: str) -> bool:
     """Whether the folder's manifest lists the file, there or not; False without a manifest that can be read."""
     try:
+        require_regular(folder / MANIFEST)
         return name in _read(folder / MANIFEST, (folder / MANIFEST).read_text())["files"]
     except (OSError, UnicodeDecodeError, CheckpointError):
         return False
@@ -106,6 +109,7 @@ def read_torch(path: Path) -> Any:
             larger than the file, or objects other than tensors and plain values.
     """
     try:
+        require_regular(path)
         size = path.stat().st_size
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -107,7 +107,7 @@ class Trainer:
         """Trains to `max_steps`, validates and saves on the way; returns the last validation's metrics (on rank 0).
 
         Raises:
-            RunStoppedError: SIGINT or SIGTERM came; the step was finished and saved, and its validation left out or
+            RunStoppedError: SIGINT, SIGTERM or SIGHUP came; the step was finished and saved, its validation left out or
                 broken off.
             CheckpointError: a checkpoint cannot be written; those before are intact.
             DivergedError: the policy's gradient is not finite any more.
