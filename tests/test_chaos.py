@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ import chaos_report
 import chaos_run
 import chaos_soak
 import chaos_targets
+import soak_rules
 from chaos_kill import flat
 from chaos_soak import Sample, trend, verdict
 from chaos_targets import Target
@@ -75,20 +77,39 @@ def test_a_run_that_is_well_passes_and_each_trouble_is_found() -> None:
         verdict(_samples(14))
 
 
-def test_the_trend_is_the_least_squares_one_and_its_error_allows_for_noise_that_lasts() -> None:
+@pytest.mark.parametrize("lasting", [0.0, 0.9])
+def test_few_flat_series_have_a_trend_and_leaks_do(lasting: float) -> None:
+    """Noise as of a run of two hours, with the peaks of validations; 2.5 percent of flat ones are to be told."""
     draw = np.random.default_rng(0)
-    x = np.arange(200.0)
-    slopes, errors = [], []
+    x = np.arange(1200) / 600
+    flat, leaks = 0, 0
     for _ in range(200):
-        noise = np.zeros(200)
-        for i in range(1, 200):
-            noise[i] = 0.9 * noise[i - 1] + draw.normal()
-        slope, error = trend(x.tolist(), (3.0 * x + noise).tolist())
-        assert slope == pytest.approx(np.polyfit(x, 3.0 * x + noise, 1)[0])
-        slopes.append(slope)
-        errors.append(error)
-    # The error of white noise is a quarter of the spread here.
-    assert 0.5 < np.mean(errors) / np.std(slopes) < 1.3
+        noise = draw.normal(size=1200)
+        for i in range(1, 1200):
+            noise[i] += lasting * noise[i - 1]
+        noise[draw.integers(0, 1200, 120)] += 20
+        noise /= noise.std()
+        for leak in (0.0, 1.0):
+            slope, error = trend(x.tolist(), (leak * x + noise).tolist())
+            told = slope > chaos_soak.STUDENT * error
+            flat, leaks = flat + (told and not leak), leaks + (told and bool(leak))
+    assert flat <= 12 and leaks >= 190
+
+
+def test_both_rules_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(soak_rules, "DRAWS", 3)
+    soak_rules.main([])
+    said = capsys.readouterr().out
+    assert said.count("false alarms") == 5
+    assert re.search(r"^soak_first: MiB an hour: before .*\(grows\), medians .*\(grows\)$", said, re.M)
+
+
+def test_a_trend_is_that_of_the_windows_medians() -> None:
+    x = np.arange(240.0)
+    y = 3 * x
+    y[::7] += 1000  # peaks
+    slope, error = trend(x.tolist(), y.tolist())
+    assert slope == pytest.approx(3, rel=0.02) and error < 0.05
 
 
 def test_a_process_is_looked_at_from_outside() -> None:

@@ -22,6 +22,7 @@ from vla_energy.finetune.trainer import Trainer
 RUN = """
 import os, signal, sys, time
 from vla_energy.finetune.signals import StopSignals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whoever runs the tests may do so under nohup, which children inherit
 with StopSignals() as stop:
     print("ready", file=sys.stderr, flush=True)
     while stop.number is None:
