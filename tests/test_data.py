@@ -425,6 +425,14 @@ def test_a_template_of_file_names_that_tfds_cannot_fill_is_told(root: Path) -> N
         open_dataset(root)
 
 
+@pytest.mark.parametrize("elsewhere", ["/etc/passwd", "../{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"])
+def test_file_names_that_lead_out_of_the_folder_are_refused(root: Path, elsewhere: str) -> None:
+    info = root / NAME / "1.0.0" / "dataset_info.json"
+    info.write_text(info.read_text().replace("{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}", elsewhere))
+    with pytest.raises(DatasetError, match=r"dataset_info\.json: the file names of split 'train' lead out"):
+        open_dataset(root)
+
+
 def test_actions_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     episode = make_episode(0, 5)
     episode[2]["action"] = np.full(7, np.nan, np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -150,9 +151,15 @@ class RldsSource:
 
     def _files(self, split: str) -> list[str]:
         try:
-            return [str(path) for path in self._info.splits[split].filepaths]
+            paths = [str(path) for path in self._info.splits[split].filepaths]
         except (ValueError, KeyError) as error:  # tfds' own, about the template of the names
             raise DatasetError(f"{self.folder / INFO}: the file names of split {split!r}: {error}") from error
+        for path in paths:
+            if os.path.dirname(os.path.abspath(path)) != os.path.abspath(self.folder):
+                raise DatasetError(
+                    f"{self.folder / INFO}: the file names of split {split!r} lead out of its folder: {path:.200}"
+                )
+        return paths
 
     def digest(self, split: str) -> str:
         """Hash of everything that the statistics of `split` depend on."""
