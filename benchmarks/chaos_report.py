@@ -123,9 +123,10 @@ def _soak(name: str, result: dict[str, Any]) -> str:
 def _soak_words(result: dict[str, Any]) -> tuple[str, str]:
     memory, step, handles = result["memory"], result["step"], result["handles"]["fewest"]
     much = f"{_time(result['minutes'])}, {result['steps']:,} steps"
+    short = "" if result.get("long_enough", True) else " (too short to judge)"
     found = (
         f"memory {memory['slope_mib_per_hour']:+.1f} ± {memory['standard_error']:.1f} MiB an hour at "
-        f"{memory['mib_last']:.0f} MiB; open files {handles[0]} in the first third, {handles[2]} in the last; time "
+        f"{memory['mib_last']:.0f} MiB{short}; open files {handles[0]} in the first third, {handles[2]} in the last; time "
         f"of a step, last third to first, {step['ratio']:.2f}"
     )
     if held := result.get("allocated"):

@@ -80,6 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     }.items():
         told = ", ".join(f"{rule} {100 * share:.1f} %" for rule, share in alarms(x, draw).items())
         print(f"false alarms, {name}: {told}")
+    for leak in (0.8, 1.7, 2.5):
+        found = alarms(x, lambda leak=leak: blocks(5) + leak * np.asarray(x))
+        told = ", ".join(f"{rule} {100 * share:.0f} %" for rule, share in found.items())
+        print(f"found, {leak} MiB an hour added to soak_collected in blocks of 5: {told}")
     for path in sorted(RESULTS.glob("chaos_soak*.json")):
         hours, memory = stored(path)
         line = []
