@@ -126,8 +126,8 @@ def _soak_words(result: dict[str, Any]) -> tuple[str, str]:
     short = "" if result.get("long_enough", True) else " (too short to judge)"
     found = (
         f"memory {memory['slope_mib_per_hour']:+.1f} ± {memory['standard_error']:.1f} MiB an hour at "
-        f"{memory['mib_last']:.0f} MiB{short}; open files {handles[0]} in the first third, {handles[2]} in the last; time "
-        f"of a step, last third to first, {step['ratio']:.2f}"
+        f"{memory['mib_last']:.0f} MiB{short}; open files {handles[0]} in the first third, {handles[2]} in the last; "
+        f"time of a step, last third to first, {step['ratio']:.2f}"
     )
     if held := result.get("allocated"):
         slope, error = (held["bytes"][name] / 2**10 for name in ("slope_per_hour", "standard_error"))
