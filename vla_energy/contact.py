@@ -9,11 +9,13 @@ import logging
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from vla_energy.pulse import Pulse
 
@@ -23,6 +25,10 @@ _LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exc
 _WORDS = 5.0  # seconds in which the ranks that are left say so
 _NOTED = 2  # looks, after which a rank notes in the store that it waits
 _LONG = 300  # looks, after which a wait is told
+# What the last exchanges were given. Before torch 2.8 the end of a group waits for gloo's threads without giving the
+# interpreter's lock away, and one of them that drops the last reference to a tensor waits for that lock, for ever. So
+# the last is here, a while after the exchange: two for each of the two threads of our two groups.
+_kept: deque[Sequence[Tensor]] = deque(maxlen=8)
 
 
 class RankError(RuntimeError):
@@ -57,11 +63,12 @@ class Contact:
         self._silent: list[int] = []  # ranks that have been found to be gone
         self._unfinished: list[Any] = []  # exchanges with them
 
-    def finish(self, start: Callable[[], Any], patient: bool = True) -> None:
+    def finish(self, start: Callable[[], Any], tensors: Sequence[Tensor], patient: bool = True) -> None:
         """Starts an exchange and waits for its end.
 
         Args:
             start: begins it and returns the handle that is waited for.
+            tensors: all that `start` hands over, to send or to fill.
             patient: looks meanwhile who else still works.
 
         Raises:
@@ -69,6 +76,7 @@ class Contact:
         """
         work = None
         self._exchanges += 1  # as all ranks count
+        _kept.append([tensor for tensor in tensors if not tensor.is_cuda])  # those are NCCL's
         try:
             work = start()
             self._wait(work, patient)

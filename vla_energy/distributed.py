@@ -17,7 +17,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -76,7 +76,7 @@ class Ranks:
         sent = rows.detach().contiguous()
         sent = sent.byte() if sent.dtype == torch.bool else sent
         parts = [torch.empty_like(sent) for _ in range(self.world)]
-        self._exchange("gather", sent, lambda: dist.all_gather(parts, sent, async_op=True))
+        self._exchange("gather", sent, lambda: dist.all_gather(parts, sent, async_op=True), parts)
         return torch.cat(parts).to(rows.dtype)
 
     def gather_with_gradient(self, rows: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ class Ranks:
 
     def _gather_bytes(self, sent: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(sent) for _ in range(self.world)]
-        self._exchange("objects", sent, lambda: dist.all_gather(parts, sent, group=self.contact.control, async_op=True))
+        group = self.contact.control
+        self._exchange("objects", sent, lambda: dist.all_gather(parts, sent, group=group, async_op=True), parts)
         return parts
 
     def sum(self, values: Tensor) -> Tensor:
@@ -201,9 +202,9 @@ class Ranks:
         self._exchange(kind, result, lambda: dist.all_reduce(result, op=operation, async_op=True))
         return result
 
-    def _exchange(self, kind: str, sent: Tensor, call: Callable[[], Any]) -> None:
+    def _exchange(self, kind: str, sent: Tensor, call: Callable[[], Any], parts: Sequence[Tensor] = ()) -> None:
         self.traffic[kind] += sent.numel() * sent.element_size()
-        self.contact.finish(call, patient=not sent.is_cuda)  # NCCL's have a watchdog of their own
+        self.contact.finish(call, (sent, *parts), patient=not sent.is_cuda)  # NCCL's have a watchdog of their own
 
 
 class _Gather(torch.autograd.Function):
