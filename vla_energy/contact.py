@@ -25,9 +25,9 @@ _LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exc
 _WORDS = 5.0  # seconds in which the ranks that are left say so
 _NOTED = 2  # looks, after which a rank notes in the store that it waits
 _LONG = 300  # looks, after which a wait is told
-# What the last exchanges were given. Before torch 2.8 the end of a group waits for gloo's threads without giving the
-# interpreter's lock away, and one of them that drops the last reference to a tensor waits for that lock, for ever. So
-# the last is here, a while after the exchange: two for each of the two threads of our two groups.
+# What the last exchanges were given. In older torch (2.2; mended in 2025, pull request 154976) the end of a group waits
+# for gloo's threads and keeps the interpreter's lock, and one of them that drops the last reference to a tensor waits
+# for that lock, for ever. So the last is here for a while: two for each of the two threads of our two groups.
 _kept: deque[Sequence[Tensor]] = deque(maxlen=8)
 
 
