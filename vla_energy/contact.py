@@ -25,9 +25,6 @@ _LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exc
 _WORDS = 5.0  # seconds in which the ranks that are left say so
 _NOTED = 2  # looks, after which a rank notes in the store that it waits
 _LONG = 300  # looks, after which a wait is told
-# What the last exchanges were given. In older torch (2.2; mended in 2025, pull request 154976) the end of a group waits
-# for gloo's threads and keeps the interpreter's lock, and one of them that drops the last reference to a tensor waits
-# for that lock, for ever. So the last is here for a while: two for each of the two threads of our two groups.
 _kept: deque[Sequence[Tensor]] = deque(maxlen=8)
 
 
@@ -76,7 +73,7 @@ class Contact:
         """
         work = None
         self._exchanges += 1  # as all ranks count
-        _kept.append([tensor for tensor in tensors if not tensor.is_cuda])  # those are NCCL's
+        keep(*tensors)
         try:
             work = start()
             self._wait(work, patient)
@@ -215,6 +212,16 @@ class Contact:
             return cause
         except RuntimeError:
             return "rank 0, which the others talk through, is gone"
+
+
+def keep(*tensors: Tensor) -> None:
+    """Holds what an exchange is given for the next seven exchanges.
+
+    In older torch (2.2; mended in 2025, pull request 154976) the end of a group waits for gloo's threads and keeps the
+    interpreter's lock, and one of them that drops the last reference to a tensor waits for that lock, for ever. So the
+    last is here for a while: two exchanges for each of the two threads of our two groups. Those of GPUs are NCCL's.
+    """
+    _kept.append([tensor for tensor in tensors if not tensor.is_cuda])
 
 
 class _Silence(Exception):

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vla_energy.config import TemperatureConfig
+from vla_energy.contact import keep
 from vla_energy.distributed import current
 
 
@@ -79,6 +80,7 @@ class Temperature(nn.Module):
         if self._group is None:
             moments = current().sum(moments)
         else:
+            keep(moments)
             dist.all_reduce(moments, group=self._group)
         count, total, squares = moments.unbind()
         mean = total / count.clamp_min(1)
