@@ -142,7 +142,7 @@ _RUNS = {
     "faults": "faults faults_second",
     "fuzz": "fuzz_first fuzz_second fuzz_third fuzz fuzz_fourth fuzz_fifth fuzz_sixth fuzz_seventh fuzz_eighth "
     "fuzz_guided_first fuzz_guided fuzz_guided_second",
-    "soak": "soak_first soak_second soak soak_trim soak_thresholds soak_allocated soak_collected",
+    "soak": "soak_first soak_second soak soak_trim soak_thresholds soak_allocated soak_collected soak_confirmed",
 }
 _ROWS = {"kill": _kill, "faults": _faults, "fuzz": _fuzz, "soak": _soak}
 _WORDS = {"kill": _kill_words, "faults": _faults_words, "fuzz": _fuzz_words, "soak": _soak_words}

@@ -46,6 +46,7 @@ _PROCESSOR_FILES = (
     "special_tokens_map.json",
     "generation_config.json",
 )
+_STATISTICS = "dataset_statistics.json"
 _BLOCKS = "language_model.model.layers."
 _LARGEST_IMAGE = 2_048  # pixels
 
@@ -101,17 +102,17 @@ def load_openvla(
         diffusion_steps: of training and of inference, default what `config.json` says, else 50 and 50.
 
     Raises:
-        CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it. Weights are
-            compared with the checksums of a `manifest.json` beside them, as fine-tuning writes it.
+        CheckpointFolderError: a file is missing, doubled, damaged, or does not fit; the message names it. All that is
+            read is compared with the checksums of a `manifest.json` beside it, as fine-tuning writes it.
     """
     folder = Path(folder)
     if num_images < 1:
         raise ValueError(f"num_images={num_images}: expected 1 or more")
     if not folder.is_dir():
         raise CheckpointFolderError(f"{folder} is not a folder; vla_path must be a checkpoint folder on this machine")
-    _check_weights(folder)
+    _check_files(folder)
     config = OpenVLAConfig.from_folder(folder)
-    path = folder / "dataset_statistics.json"
+    path = folder / _STATISTICS
     statistics = load_statistics(path) if path.is_file() else {}
     if discrete is None:
         discrete = config.discrete_action_dim is not None
@@ -172,12 +173,13 @@ def _discrete_action_dim(
     return known
 
 
-def _check_weights(folder: Path) -> None:
-    """One flipped bit of an exponent makes an action of 1e36, and still a finite one."""
+def _check_files(folder: Path) -> None:
+    """One flipped bit of an exponent makes an action of 1e36, and still a finite one; so does one of the statistics."""
+    names = ("model*.safetensors", "model*.json", "config.json", _STATISTICS, *_PROCESSOR_FILES)
+    parts = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
 
     def is_read(name: str) -> bool:
-        parts = ("action_head--*", "proprio_projector--*", "noisy_action_projector--*", "vision_backbone--*")
-        return any(fnmatch(name, pattern) for pattern in ("model*.safetensors", *parts))
+        return any(fnmatch(name, pattern) for pattern in (*names, *parts))
 
     try:
         check_seal(folder, is_read)
@@ -276,7 +278,7 @@ def save_openvla(
     )
     config = {**own, "norm_stats": entries}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    (folder / "dataset_statistics.json").write_text(json.dumps(entries, indent=2))
+    (folder / _STATISTICS).write_text(json.dumps(entries, indent=2))
     open_to_readers(folder)
     return folder
 
