@@ -402,6 +402,32 @@ def test_what_ends_one_rank_is_told_by_the_others_and_ends_them(
             assert text.startswith("RankError: ") and told in text, (rank, text)
 
 
+def _fails_within_the_model(ranks: Ranks, runs: Path, number: int) -> None:
+    """One rank ends while the other waits in an exchange that FSDP began."""
+    trainer: Any = Trainer(_config(runs, ranks.world, max_steps=3, fsdp=True), ranks)
+    ranks.contact._pulse.patience = 10  # pyright: ignore[reportOptionalMemberAccess]
+
+    def fail(*_: Any) -> None:
+        if trainer.step == 1:
+            (runs / "failed_at").write_text(repr(time.time()))
+            os.kill(os.getpid(), number)
+
+    if ranks.rank == 1:
+        trainer.job.vla.backbone.language_model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    trainer.run()
+
+
+@pytest.mark.parametrize(
+    ("number", "told"), [(signal.SIGKILL, "ended without a word"), (signal.SIGSTOP, "gave no sign of life")]
+)
+def test_what_ends_one_rank_of_a_sharded_run_is_told(tmp_path: Path, number: int, told: str) -> None:
+    found = run_ranks(2, _fails_within_the_model, tmp_path, tmp_path / "runs", number, left=1)
+    seconds = time.time() - float((tmp_path / "runs" / "failed_at").read_text())
+    print(f"sharded, {number}: ended {seconds:.1f} s later: {found[0]}")
+    assert seconds < 60
+    assert found[0].startswith(f"RankError: rank 1 {told}") and found[1] == "killed"
+
+
 def _other_flags(ranks: Ranks, runs: Path) -> None:
     Trainer(_config(runs, ranks.world, max_steps=3 + ranks.rank), ranks)
 

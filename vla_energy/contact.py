@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import re
 import time
 import traceback
 from collections import deque
@@ -25,6 +26,8 @@ _LOOK = timedelta(seconds=1)  # between two looks at who is silent, while an exc
 _WORDS = 5.0  # seconds in which the ranks that are left say so
 _NOTED = 2  # looks, after which a rank notes in the store that it waits
 _LONG = 300  # looks, after which a wait is told
+_FOREIGN = re.compile(r"gloo|NCCL")  # in the errors of exchanges that others begin
+_TORCH_ERRORS = tuple(found for name in ("DistError", "DistBackendError") if (found := getattr(dist, name, None)))
 _kept: deque[Sequence[Tensor]] = deque(maxlen=8)
 
 
@@ -84,6 +87,17 @@ class Contact:
             work = None
             traceback.clear_frames(error.__traceback__)  # which hold the group, and so its connections
             raise RankError(f"{self._cause()} ({str(error).splitlines()[0]})") from error
+
+    def named(self, error: BaseException) -> BaseException:
+        """The error itself, or the one with the cause named where an exchange failed that is not ours (FSDP's)."""
+        text = str(error)
+        if type(error) not in (RuntimeError, *_TORCH_ERRORS) or not _FOREIGN.search(text):
+            return error
+        traceback.clear_frames(error.__traceback__)  # as in `finish`
+        if self._pulse is not None and self._pulse.silent:
+            self._silent = self._pulse.silent
+            return RankError(f"{self._stopped()} ({text.splitlines()[0]})")
+        return RankError(f"{self._cause()} ({text.splitlines()[0]})")
 
     def leave_word(self, error: BaseException) -> None:
         """Tells the others why this rank ends, for those that cannot be reached by `share`.
@@ -146,9 +160,11 @@ class Contact:
             if self._pulse.silent or unanswered >= self._pulse.patience:
                 self._silent = self._pulse.silent or [0]
                 self._store = self._store if self._pulse.silent else None  # rank 0 keeps it, and would not answer
-                seconds = self._pulse.patience
-                who = _named(self._silent)
-                raise _Silence(f"{who} gave no sign of life for {seconds} s: stopped, or its machine hangs")
+                raise _Silence(self._stopped())
+
+    def _stopped(self) -> str:
+        seconds = "some" if self._pulse is None else self._pulse.patience
+        return f"{_named(self._silent)} gave no sign of life for {seconds} s: stopped, or its machine hangs"
 
     def _overdue(self, seconds: int) -> str:
         """What is told of who keeps this rank waiting; left in the store for those that began to wait later."""

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(seconds=45)
 """Of the exchanges within a step: none of them waits for reading, validation or saving."""
 MEETING = timedelta(minutes=5)
 """In which all processes have to come: imports from a cold network drive take long, and one that failed never comes."""
@@ -242,6 +242,7 @@ def start(device: str = "auto", longest_wait: float = math.inf) -> Iterator[Rank
 
     Raises:
         ValueError: the environment, or the device, does not allow it.
+        RankError: another process has failed.
     """
     global _active
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -268,8 +269,11 @@ def start(device: str = "auto", longest_wait: float = math.inf) -> Iterator[Rank
         ranks.share()
         dist.destroy_process_group()
     except BaseException as error:
-        contact.leave_word(error)
-        raise
+        told = contact.named(error)
+        contact.leave_word(told)
+        if told is error:
+            raise
+        raise told from error
     finally:
         pulse.end()
         _active = None
