@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -439,6 +440,70 @@ def test_actions_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     write_rlds(tmp_path, NAME, {"train": [episode, make_episode(1, 5)]})
     with pytest.raises(DatasetError, match="episode 0.*finite"):
         open_dataset(tmp_path)
+
+
+def rewrite(folder: Path, split: str, key: str, change: Callable[[Any], None]) -> None:
+    """Changes `key` of the first stored episode of `split` by `change`; the description stays."""
+    from vla_energy.data import tensorflow_quiet
+
+    tf = tensorflow_quiet.tf()
+    path = str(next(folder.glob(f"*-{split}.tfrecord-00000-of-*")))
+    examples = [tf.train.Example.FromString(record.numpy()) for record in tf.data.TFRecordDataset(path)]
+    feature = examples[0].features.feature[key]
+    change(getattr(feature, feature.WhichOneof("kind")).value)
+    with tf.io.TFRecordWriter(path) as writer:
+        for example in examples:
+            writer.write(example.SerializeToString())
+
+
+def test_files_changed_under_the_same_description_are_computed_and_checked_anew(root: Path) -> None:
+    first, folder = open_dataset(root), root / NAME / "1.0.0"
+    size = next(folder.glob("*.tfrecord-00000-of-*")).stat().st_size
+
+    rewrite(folder, "train", "steps/action", lambda values: values.__setitem__(0, 5.0))
+    second = open_dataset(root)
+    assert second.statistics.action.max[0] == 5.0 and first.statistics.action.max[0] != 5.0
+    assert second.digest == first.digest  # by which a resumed run knows its dataset, copied or not
+
+    rewrite(folder, "train", "steps/action", lambda values: values.__setitem__(0, np.nan))
+    assert next(folder.glob("*.tfrecord-00000-of-*")).stat().st_size == size
+    with pytest.raises(DatasetError, match=r"episode 0 of 'train' has actions that are not finite"):
+        open_dataset(root)
+    with pytest.raises(DatasetError, match=r"episode 0 of 'train' has actions that are not finite"):
+        open_dataset(root, statistics=first.statistics)
+
+
+def test_held_out_actions_are_checked_whatever_statistics_are_given(root: Path) -> None:
+    statistics = open_dataset(root).statistics
+    write_rlds(root / "own", NAME, {"train": [make_episode(0, 5)], "val": [make_episode(1, 5)]})
+    open_dataset(root / "own", "val", statistics=statistics)
+    folder = root / "own" / NAME / "1.0.0"
+    rewrite(folder, "val", "steps/action", lambda values: values.__setitem__(3, np.nan))
+    open_dataset(root / "own", statistics=statistics)
+    with pytest.raises(DatasetError, match=r"1\.0\.0: episode 0 of 'val' has actions that are not finite"):
+        open_dataset(root / "own", "val", statistics=statistics)
+
+
+@pytest.mark.parametrize("key", ["steps/action", "steps/observation/state"])
+def test_values_whose_square_is_no_fp32_number_are_refused(root: Path, key: str) -> None:
+    rewrite(root / NAME / "1.0.0", "train", key, lambda values: values.__setitem__(0, -3e38))
+    with pytest.raises(DatasetError, match=r"1\.0\.0: episode 0 of 'train' has \w+ that are above 1e\+15"):
+        open_dataset(root)
+
+
+def test_instructions_that_are_not_utf8_are_told_with_dataset_and_episode(
+    root: Path,
+) -> None:
+    def change(texts: Any) -> None:
+        texts[0] = b"\xff\xfe\x00 reach"
+
+    data, folder = open_dataset(root), root / NAME / "1.0.0"
+    rewrite(folder, "train", "steps/language_instruction", change)
+    told = r"1\.0\.0: episode 0 of 'train' has an instruction that is not UTF-8 \(b'\\xff"
+    with pytest.raises(DatasetError, match=told):  # before anything is trained
+        open_dataset(root)
+    with pytest.raises(DatasetError, match=told):  # changed after the dataset was opened
+        frames(data)
 
 
 def test_importing_the_package_loads_no_tensorflow() -> None:

@@ -324,6 +324,32 @@ def test_steps_survive_a_failed_validation(tiny_folder: Path, tmp_path: Path, mo
     assert (checkpoints.folder_of(trainer.config, 2) / checkpoints.STATE).is_file()
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_held_out_frames_that_are_not_finite_are_left_out_and_told(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, enabled: bool
+) -> None:
+    """A file that changes after it was checked: their distances would end the run, or their L1 be no number."""
+    config = _config(tiny_folder, tmp_path, use_val_set=True, energy=EnergyConfig(enabled=enabled))
+    trainer = Trainer(config)
+    assert trainer.held_out is not None
+    read, lost = trainer.held_out.batches, [slice(2, 3)]
+
+    def poisoned(*args: Any, **options: Any) -> Any:
+        for position, raw in enumerate(itertools.islice(read(*args, **options), 3)):
+            raw |= {key: raw[key].copy() for key in ("actions", "proprio")}
+            raw["actions"][lost[0], 1, 0] = np.nan if position else np.inf
+            raw["proprio"][lost[0]] = np.nan
+            yield raw
+
+    monkeypatch.setattr(trainer.held_out, "batches", poisoned)
+    results = trainer.validate()
+    assert results["finetune"]["frames"] == 3 * 15 and np.isfinite(results["finetune"]["l1_val"])
+    assert "validation: 3 held-out frames are left out" in caplog.text
+    lost[0] = slice(None)
+    with pytest.raises(DatasetError, match=f"{config.dataset_name}: no held-out frame has"):
+        trainer.validate()
+
+
 def _poison(trainer: Any, steps: range) -> None:
     """In these steps one number of the policy's gradient is NaN."""
     real = trainer.train_step

@@ -19,7 +19,7 @@ from vla_energy.data.augment import augment
 from vla_energy.data.datasets import DatasetConfig, DatasetError, dataset_config, standardize
 from vla_energy.data.rlds_folder import check_shard
 from vla_energy.data.rlds_source import RldsSource
-from vla_energy.data.statistics import split_statistics
+from vla_energy.data.statistics import instruction, split_statistics
 
 Batch = dict[str, Any]
 _FOREVER = 2**62  # epochs
@@ -90,7 +90,7 @@ class RldsDataset:
         self._outcomes = outcomes and self._source.has_success
         self._image_keys = _select_images(config, num_images)
         self._image_size = self._check_images(image_size)
-        self._shards = self._source.shards(split)
+        self._split, self._shards = split, self._source.shards(split)
         for shard in self._shards:
             check_shard(shard)
         own = split_statistics(self._source, split)
@@ -195,7 +195,10 @@ class RldsDataset:
             batches = self._passes[asked] = self._pipeline(batch_size, repeat, drop_last, skip, shard)
         with self._source.reading(self._shards):
             for batch in batches.as_numpy_iterator():
-                batch["instructions"] = [text.decode() for text in batch["instructions"]]
+                texts = zip(batch["instructions"], batch["episode"], strict=True)
+                batch["instructions"] = [
+                    instruction(text, self._source, self._split, episode) for text, episode in texts
+                ]
                 yield batch
 
     def _pipeline(self, batch_size: int, repeat: bool, drop_last: bool, skip: int, shard: tuple[int, int]) -> Any:

@@ -162,7 +162,7 @@ class RldsSource:
         return paths
 
     def digest(self, split: str) -> str:
-        """Hash of everything that the statistics of `split` depend on."""
+        """Hash of the dataset's description, its configuration and the episodes of `split`; equal for copies."""
         parts = [(self.folder / name).read_bytes() for name in (INFO, FEATURES)]
         parts += [repr(sorted(asdict(self.config).items())).encode()]
         parts += [repr([(Path(s.path).name, s.skip, s.take) for s in self.shards(split)]).encode()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,20 +17,23 @@ from vla_energy.data.datasets import DatasetError, standardize
 from vla_energy.data.rlds_source import RldsSource
 
 _log = logging.getLogger(__name__)
+_LARGEST = 1e15  # its square is still a number in fp32
 
 
 def split_statistics(source: RldsSource, split: str) -> DatasetStatistics:
     """Statistics of the frames of `split` that are read; from the cache if there.
 
     The cache is `dataset_statistics_<hash>.json` (`dataset_statistics_val_<hash>.json`) in the dataset's folder, or
-    in `~/.cache/vla_energy` if that is read-only; the hash covers the dataset's description, its configuration
-    and the episodes of the split. A broken cache file is computed anew, with a warning.
+    in `~/.cache/vla_energy` if that is read-only; the hash covers the dataset's description, its configuration,
+    the episodes of the split, and size and time of its files: what was changed is computed and checked anew. A broken
+    cache file is, too, with a warning.
 
     Raises:
-        DatasetError: no labelled frame in the split, values that are not finite, or a broken shard.
+        DatasetError: no labelled frame in the split, values that are not finite or above 1e15, an instruction that is
+            not UTF-8, or a broken shard.
     """
     prefix = "dataset_statistics_" if split == "train" else f"dataset_statistics_{split}_"
-    name = f"{prefix}{source.digest(split)}.json"
+    name = f"{prefix}{_key(source, split)}.json"
     folders = (source.folder, Path.home() / ".cache" / "vla_energy")
     for folder in folders:
         path = folder / name
@@ -58,11 +62,9 @@ def compute_statistics(source: RldsSource, split: str) -> DatasetStatistics:
             proprio = episode["proprio"][kept]
             if not len(action) or not any(episode["language"][kept]):
                 continue
-            if not np.isfinite(action).all() or not np.isfinite(proprio).all():
-                raise DatasetError(
-                    f"{source.folder}: episode {episode['episode']} of {split!r} has actions or proprio that are not "
-                    "finite; remove it from the dataset"
-                )
+            _check_values(source, split, episode["episode"], action, proprio)
+            for text in set(episode["language"][kept]):
+                instruction(text, source, split, episode["episode"])
             actions.append(action)
             proprios.append(proprio)
     if not actions:
@@ -77,6 +79,50 @@ def compute_statistics(source: RldsSource, split: str) -> DatasetStatistics:
         len(all_actions),
         len(actions),
     )
+
+
+def instruction(text: bytes, source: RldsSource, split: str, episode: int) -> str:
+    """The text of a stored instruction.
+
+    Raises:
+        DatasetError: it is not UTF-8.
+    """
+    try:
+        return text.decode()
+    except UnicodeDecodeError as error:
+        raise DatasetError(
+            f"{source.folder}: episode {episode} of {split!r} has an instruction that is not UTF-8 ({text!r:.60}); "
+            "correct it, or remove the episode from the dataset"
+        ) from error
+
+
+def _check_values(source: RldsSource, split: str, episode: int, action: np.ndarray, proprio: np.ndarray) -> None:
+    """Raises DatasetError for values that training cannot use."""
+    for name, values in (("actions", action), ("proprio", proprio)):
+        if np.isfinite(values).all() and (np.abs(values) <= _LARGEST).all():
+            continue
+        fault = f"above {_LARGEST:g}" if np.isfinite(values).all() else "not finite"
+        raise DatasetError(
+            f"{source.folder}: episode {episode} of {split!r} has {name} that are {fault}; remove it from the dataset"
+        )
+
+
+def _key(source: RldsSource, split: str) -> str:
+    """Hash of the dataset as it lies here: its digest, which copies share, and size and time of each shard.
+
+    Raises:
+        DatasetError: a shard is missing.
+    """
+    files = []
+    for shard in source.shards(split):
+        try:
+            status = os.stat(shard.path)
+        except OSError as error:
+            raise DatasetError(
+                f"cannot read the shard {shard.path} ({error.strerror or error}); copy it again"
+            ) from error
+        files.append((status.st_size, status.st_mtime_ns))
+    return hashlib.sha256(f"{source.digest(split)} {files}".encode()).hexdigest()[:32]
 
 
 def _save(statistics: DatasetStatistics, paths: list[Path]) -> None:

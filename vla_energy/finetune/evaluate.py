@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from vla_energy.actions import DatasetStatistics
 from vla_energy.backbones.tokens import sample_chunks
 from vla_energy.calibrate import calibrate_margin
 from vla_energy.candidates import noise_scale
-from vla_energy.data import RldsDataset
+from vla_energy.data import DatasetError, RldsDataset
 from vla_energy.finetune.config import FinetuneConfig
 from vla_energy.finetune.diffusion import observe
 from vla_energy.finetune.setup import Job, autocast
@@ -24,6 +25,8 @@ from vla_energy.finetune.signals import ValidationStoppedError
 from vla_energy.head import EnergyHead
 from vla_energy.monitors import Batch, RankingReport, evaluate_ranking
 from vla_energy.rerank import choose
+
+logger = logging.getLogger(__name__)
 
 MIN_BATCH = 16  # in-batch negatives need company
 
@@ -73,6 +76,7 @@ def evaluate(
         `monitors.RankingReport`, and `gate`, see `calibrated_gate`.
 
     Raises:
+        DatasetError: the split cannot be read, or the values of all its frames are not finite.
         ValidationStoppedError: `stopped` said so.
     """
     frames = HeldOutFrames()
@@ -151,13 +155,25 @@ def calibrated_gate(report: RankingReport, episodes: torch.Tensor) -> dict[str, 
 
 
 def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: HeldOutFrames) -> Iterator[Batch]:
-    """Batches for `evaluate_ranking`; the policy in eval mode, its images cropped if it was trained with crops."""
+    """Batches for `evaluate_ranking`; the policy in eval mode, its images cropped if it was trained with crops.
+
+    Frames with values that are not finite are left out, and counted in the log, as the training's steps are: what a
+    dataset holds is checked when it is opened, but a file may change during a run of days.
+
+    Raises:
+        DatasetError: see `evaluate`.
+    """
+    left_out = 0
     deadline = time.monotonic() + config.val_time_limit
     size = min(max(config.batch_size, MIN_BATCH), split.num_frames)
     job.vla.eval()
     generator, candidates = torch.Generator().manual_seed(config.seed), config.energy.candidates
     count = candidates.samples if config.energy.enabled else 0
-    for raw in split.batches(size, repeat=False, drop_last=False):
+    for read in split.batches(size, repeat=False, drop_last=False):
+        raw = finite_frames(read)
+        left_out += len(read["actions"]) - len(raw["actions"])
+        if not len(raw["actions"]):
+            continue
         batch = job.to_batch(raw, crop=config.image_aug)
         if job.vla.diffuses:
             output = observe(job, batch, config, generator, count)
@@ -176,4 +192,18 @@ def held_out(job: Job, split: RldsDataset, config: FinetuneConfig, frames: HeldO
         else:
             yield seen
         if time.monotonic() > deadline:
-            return
+            break
+    if left_out:
+        logger.warning("validation: %d held-out frames are left out: their actions or proprio are not finite", left_out)
+    if not frames.errors:
+        raise DatasetError(f"{config.dataset_name}: no held-out frame has actions and proprio that are finite")
+
+
+def finite_frames(raw: dict[str, Any]) -> dict[str, Any]:
+    """A dataset's batch without the frames whose actions or proprio are not finite."""
+    values = [raw[key].reshape(len(raw["actions"]), -1) for key in ("actions", "proprio") if key in raw]
+    keep = np.isfinite(np.concatenate(values, 1)).all(1)
+    if keep.all():
+        return raw
+    rows = keep.nonzero()[0]
+    return {key: [value[i] for i in rows] if isinstance(value, list) else value[rows] for key, value in raw.items()}
