@@ -174,6 +174,12 @@ def _folder(config: FinetuneConfig, step: int) -> Path:
     return config.run_root_dir / f"run--{step}_chkpt"
 
 
+def _exchange(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    for source, target in ((one, aside), (other, one), (aside, other)):
+        source.rename(target)
+
+
 def _damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -186,6 +192,27 @@ def test_a_damaged_newest_checkpoint_is_never_passed_over_in_silence(run: Finetu
         checkpoints.find(run)
     run.resume_step = 2
     assert checkpoints.find(run) == _folder(run, 2)
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+def test_folders_whose_names_were_exchanged_are_refused(run: FinetuneConfig, sealed: bool) -> None:
+    """Each is whole by its checksums: the run would go on from another step than it was told."""
+    two, three = _folder(run, 2), _folder(run, 3)
+    _exchange(two, three)
+    for folder in () if sealed else (two, three):
+        (folder / MANIFEST).unlink()  # then the training state says its step
+    told = r"run--3_chkpt holds step 2, not step 3 as its name says: rename it back to run--2_chkpt, and what lies"
+    with pytest.raises(CheckpointError, match=told):
+        Trainer(run)
+    run.resume_step = 2
+    with pytest.raises(CheckpointError, match=r"run--2_chkpt holds step 3, not step 2"):
+        Trainer(run)
+    _exchange(two, three)
+    assert Trainer(run).step == 2
+    run.resume_step = None
+    three.rename(_folder(run, 9))
+    with pytest.raises(CheckpointError, match=r"run--9_chkpt holds step 3, .*rename it back to run--3_chkpt$"):
+        Trainer(run)
 
 
 @pytest.mark.parametrize("latest", [False, True])

@@ -54,9 +54,10 @@ def test_a_reranker_falls_back_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> N
     context, mask, candidates = torch.randn(2, 4, 6), torch.ones(2, 4, dtype=torch.bool), torch.randn(2, 5, 2, 3)
     mask[1] = False  # the head refuses a row without a token
     reranker = _reranker(strict=False)
+    reranker.head.train()
     result = reranker(context, mask, candidates)
     assert torch.equal(result.actions, candidates[:, 0]) and not result.accepted.any() and not result.index.any()
-    assert reranker.fallback.counts == {"ValueError": 1} and reranker.head.training is not None
+    assert reranker.fallback.counts == {"ValueError": 1} and reranker.head.training, "its mode is put back"
     with pytest.raises(ValueError, match="row 1"):
         _reranker(strict=True)(context, mask, candidates)
     with pytest.raises(CompatibilityError):

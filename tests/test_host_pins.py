@@ -60,6 +60,7 @@ NOT_CORE = {
     "test_rollout.py": "the simulator",
     "test_rollout_libero.py": "the simulator",
     "test_rollout_record.py": "RLDS, the simulator",
+    "test_save_order.py": "the native backbone, RLDS",
     "test_signals.py": "the native backbone, RLDS",
     "test_stability_benchmark.py": "features of the native backbone, RLDS",
     "test_tokens.py": "the native backbone, RLDS",

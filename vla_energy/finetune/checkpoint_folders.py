@@ -69,8 +69,11 @@ def partial_of(target: Path) -> Path:
 
 def folder_of(config: FinetuneConfig, step: int) -> Path:
     """The checkpoint's folder: the run's own with `save_latest_checkpoint_only`, else the host's `--{step}_chkpt`."""
-    run = config.run_dir
-    return run / "latest" if config.save_latest_checkpoint_only else run.with_name(f"{run.name}--{step}_chkpt")
+    return config.run_dir / "latest" if config.save_latest_checkpoint_only else _named(config, step)
+
+
+def _named(config: FinetuneConfig, step: int) -> Path:
+    return config.run_dir.with_name(f"{config.run_dir.name}--{step}_chkpt")
 
 
 def put(partial: Path, target: Path) -> None:
@@ -124,6 +127,7 @@ def find(config: FinetuneConfig) -> Path:
     Raises:
         NoCheckpointError: there is none, and none was lost, as far as the run's files tell.
         CheckpointError: there is none any more, or it is damaged; the message names the file and what else there is.
+            Or the folder was renamed: it holds another step than its name says.
     """
     run = config.run_dir
     latest = _check_latest(run / "latest", config.resume_step)
@@ -141,11 +145,17 @@ def find(config: FinetuneConfig) -> Path:
     if step not in found:
         raise CheckpointError(f"{run} has no checkpoint at step {step}; there are {sorted({**found, **latest})}")
     try:
-        _warn_unsealed(found[step], check_seal(found[step]))
+        held = _step_of(found[step])
     except CheckpointError as error:
         others = sorted({*found, *latest} - {step})
         remedy = f"--resume_step takes an earlier one: {others}" if others else "there is no other of this run"
         raise CheckpointError(f"{error}; {remedy}") from error
+    if held != step:  # whole, but not the step that was asked for; what `drop_old` keeps goes by names too
+        name = _named(config, held).name
+        there = ", and what lies there now to its own step" if (run.parent / name).exists() else ""
+        raise CheckpointError(
+            f"{found[step]} holds step {held}, not step {step} as its name says: rename it back to {name}{there}"
+        )
     return found[step]
 
 
@@ -221,7 +231,7 @@ def _step_of(folder: Path) -> int:
     if step is not None:
         return step
     state = read_torch(folder / STATE)
-    if not isinstance(state, dict) or type(state.get("step")) is not int:
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
         raise CheckpointError(f"{folder / STATE} is damaged: it says no step")
     return state["step"]
 
