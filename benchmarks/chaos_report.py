@@ -138,10 +138,10 @@ def _soak_words(result: dict[str, Any]) -> tuple[str, str]:
 
 # By what was run, in the order of time.
 _RUNS = {
-    "kill": "kill_first kill kill_second kill_third",
+    "kill": "kill_first kill kill_second kill_third kill_last",
     "faults": "faults faults_second",
     "fuzz": "fuzz_first fuzz_second fuzz_third fuzz fuzz_fourth fuzz_fifth fuzz_sixth fuzz_seventh fuzz_eighth "
-    "fuzz_guided_first fuzz_guided fuzz_guided_second",
+    "fuzz_last fuzz_guided_first fuzz_guided fuzz_guided_second",
     "soak": "soak_first soak_second soak soak_trim soak_thresholds soak_allocated soak_collected soak_confirmed",
 }
 _ROWS = {"kill": _kill, "faults": _faults, "fuzz": _fuzz, "soak": _soak}
